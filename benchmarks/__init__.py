@@ -1,0 +1,1 @@
+"""Side-by-side measurements, each writing one JSON result."""

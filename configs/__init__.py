@@ -1,0 +1,1 @@
+"""Configuration: frozen typed models, YAML presets, key=value overrides."""

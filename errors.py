@@ -1,0 +1,19 @@
+"""The one exception that is meant for people: its text names what is wrong and what to do about it."""
+
+from __future__ import annotations
+
+import errno
+
+
+class UserError(ValueError):
+    """Bad input, configuration or surroundings. The command line prints the text and exits with 1."""
+
+
+def explain_os_error(error: OSError, doing: str) -> str:
+    """One sentence for an operating system error met while `doing` something, with the remedy where one is known."""
+    where = f" ({error.filename})" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space left on the disk while {doing}{where}: free some space, then run the same command again"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"no permission while {doing}{where}: {error.strerror}; check the owner and mode of that path"
+    return f"{error.strerror or error} while {doing}{where}"

@@ -1,0 +1,1 @@
+"""Metrics, multi-view scoring and the report page."""

@@ -1,0 +1,1 @@
+"""Networks: I3D, attention head, conditional VAE, recognizer."""

@@ -1,0 +1,1 @@
+"""Online half: shards to batches on the device."""

@@ -1,0 +1,77 @@
+"""The DALI graph: encoded slices or decoded frames -> crop, resize, flip, normalize -> clips on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali.pipeline import Pipeline
+
+from ..configs.schema import DataConfig
+from ..errors import UserError
+
+CPU_CODECS = ("vp8", "vp9", "mjpeg")
+GPU_CODECS = (*CPU_CODECS, "av1", "mpeg4", "h264", "hevc")
+
+
+def choose_decoder(wanted: str, codec: str, device: str) -> str:
+    """"dali" or "pyav" for a codec and device ("cpu" or "cuda"). Raises UserError where DALI was asked for in vain."""
+    possible = codec in (GPU_CODECS if device == "cuda" else CPU_CODECS)
+    if wanted == "dali" and not possible:
+        raise UserError(
+            f"data.decoder: DALI does not decode {codec} on {device}; use data.decoder=pyav, or shard with --codec vp9"
+        )
+    return "dali" if possible and wanted != "pyav" else "pyav"
+
+
+def build(
+    source: Callable[[], tuple], config: DataConfig, decoder: str, device: torch.device, batch: int, threads: int
+) -> Pipeline:
+    """A built pipeline whose run() gives one float32 batch (N,T,size,size,3), normalized, on the device.
+
+    source is called once a batch and gives lists, an entry a sample: media (encoded bytes, uint8 1-D, or frames, uint8
+    (T,H,W,3)), frame numbers (T,) int32, crop start (y, x) and end (y, x) float32, flip int32. StopIteration ends it.
+    """
+    on_gpu = device.type == "cuda"
+
+    @pipeline_def(
+        batch_size=batch,
+        num_threads=threads,
+        device_id=(device.index or 0) if on_gpu else None,
+        prefetch_queue_depth=config.prefetch,
+        exec_dynamic=True,  # its outputs own their memory, so they can be handed to torch without a copy
+    )
+    def graph():
+        media, frames, start, end, flip = fn.external_source(
+            source=source,
+            num_outputs=5,
+            batch=True,
+            dtype=[types.UINT8, types.INT32, types.FLOAT, types.FLOAT, types.INT32],
+            ndim=[1 if decoder == "dali" else 4, 1, 1, 1, 0],
+            layout=["" if decoder == "dali" else "FHWC", "", "", "", ""],
+        )
+        if decoder == "dali":
+            clip = fn.decoders.video(media, frames=frames, device="mixed" if on_gpu else "cpu")
+        else:
+            clip = media.gpu() if on_gpu else media
+        clip = fn.resize(
+            clip,
+            roi_start=start,
+            roi_end=end,
+            size=[config.size, config.size],
+            interp_type=types.INTERP_LINEAR,
+            antialias=True,
+        )
+        return fn.crop_mirror_normalize(
+            clip,
+            mirror=flip,
+            mean=[255 * value for value in config.mean],
+            std=[255 * value for value in config.std],
+            dtype=types.FLOAT,
+            output_layout="FHWC",
+        )
+
+    pipeline = graph()
+    pipeline.build()
+    return pipeline

@@ -1,0 +1,1 @@
+"""Offline half: a data set of videos to shards."""

@@ -1,0 +1,93 @@
+"""Runs a function over tasks on local processes and reports progress while it does."""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import queue
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from ..errors import UserError
+
+Report = Callable[[Any], None]
+
+
+class Stopped(BaseException):
+    """Raised inside a worker when the run is being stopped."""
+
+
+def run_local(
+    function: Callable[[Any, Report], Any], tasks: Iterable[Any], workers: int, on_report: Report
+) -> Iterator[Any]:
+    """Yields function(task, report) for every task as they finish, in no fixed order.
+
+    workers: processes; 0 runs everything in this one. What a task reports reaches on_report here. An exception of a
+    task stops the others at their next report and is raised here; so does Ctrl-C. Raises UserError when a worker
+    process dies.
+    """
+    if workers == 0:
+        for task in tasks:
+            yield function(task, on_report)
+        return
+    context = multiprocessing.get_context("spawn")
+    events, stop = context.Queue(), context.Event()
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (events, stop))
+    try:
+        pending = {pool.submit(_run, function, task) for task in tasks}
+        while pending:
+            done, pending = wait(pending, timeout=0.1, return_when=FIRST_COMPLETED)
+            _drain(events, on_report)
+            for future in done:
+                yield future.result()
+    except BrokenProcessPool:
+        raise UserError(
+            "a worker process was killed (often by the system for lack of memory); what is finished is kept: "
+            "run the same command again, perhaps with fewer --workers"
+        ) from None
+    finally:
+        stop.set()
+        pool.shutdown(wait=True, cancel_futures=True)
+        _drain(events, on_report)
+        events.close()
+        events.cancel_join_thread()
+
+
+def _drain(events, on_report: Report) -> None:
+    while True:
+        try:
+            on_report(events.get_nowait())
+        except (queue.Empty, OSError):
+            return
+
+
+_worker: dict[str, Any] = {}
+
+
+def _start_worker(events, stop) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, through `stop`
+    _worker.update(events=events, stop=stop)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    """A parent that is killed outright leaves no orphan writing behind a later run's back."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def _run(function: Callable[[Any, Report], Any], task: Any) -> Any:
+    def report(event: Any) -> None:
+        if _worker["stop"].is_set():
+            raise Stopped
+        _worker["events"].put(event)
+
+    try:
+        return function(task, report)
+    except Stopped:
+        return None

@@ -1,0 +1,309 @@
+"""Format version 1: a data set as tar shards of fragmented MP4 with a GOP table. Writes, opens and verifies it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import google_crc32c
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.ipc
+import pyarrow.parquet as pq
+
+from ..errors import UserError
+
+FORMAT_VERSION = 1
+
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("split", pa.string()),
+        ("label", pa.int32()),
+        ("annotations", pa.list_(pa.struct([("start_s", pa.float64()), ("end_s", pa.float64()), ("label", pa.int32())]))),
+        ("shard", pa.string()),
+        ("offset", pa.int64()),
+        ("size", pa.int64()),
+        ("header_size", pa.int64()),
+        ("gop_offsets", pa.list_(pa.int64())),
+        ("gop_frames", pa.list_(pa.int32())),
+        ("num_frames", pa.int32()),
+        ("fps", pa.float64()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("codec", pa.string()),
+        ("crc32c", pa.uint32()),
+        ("source", pa.string()),
+        ("source_fps", pa.float64()),
+        ("source_frames", pa.int32()),
+    ]
+)
+ERROR_SCHEMA = pa.schema([("path", pa.string()), ("stage", pa.string()), ("reason", pa.string())])
+
+
+class Corrupt(Exception):
+    """Stored bytes that are not what the index says; the text names key, shard and what differs."""
+
+
+class ShardWriter:
+    """Appends videos to a tar file while they are being encoded, so that no payload is ever whole in memory."""
+
+    def __init__(self, path: Path):
+        self._file = open(path, "w+b")  # noqa: SIM115 (closed by close)
+
+    @contextlib.contextmanager
+    def member(self, name: str) -> Iterator[Payload]:
+        """A tar member of a size not yet known. If the block raises, the shard is as it was before."""
+        start = self._file.tell()
+        info = _tar_info(name)
+        self._file.write(info.tobuf(tarfile.PAX_FORMAT))
+        payload = Payload(self._file, self._file.tell())
+        try:
+            yield payload
+            if payload.size >= 8 << 30:
+                raise UserError(f"{name}: a payload of 8 GiB or more does not fit a tar member; use a lower --short-side")
+        except BaseException:
+            self._file.seek(start)
+            self._file.truncate()
+            raise
+        info.size = payload.size
+        self._file.write(bytes(-payload.size % tarfile.BLOCKSIZE))
+        end = self._file.tell()
+        self._file.seek(start)
+        self._file.write(info.tobuf(tarfile.PAX_FORMAT))
+        self._file.seek(end)
+
+    def finish(self) -> None:
+        """Writes the tar's end mark and forces everything to the disk."""
+        self._file.write(bytes(2 * tarfile.BLOCKSIZE))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def close(self) -> None:
+        """Releases the file; without finish() before, the shard is not usable."""
+        self._file.close()
+
+
+class Payload:
+    """A sink for one member's bytes that keeps their checksum."""
+
+    def __init__(self, file: BinaryIO, offset: int):
+        self._file, self.offset, self.size, self.crc32c = file, offset, 0, 0
+
+    def write(self, data: bytes) -> int:
+        data = bytes(data)
+        self._file.write(data)
+        self.size += len(data)
+        self.crc32c = google_crc32c.extend(self.crc32c, data)
+        return len(data)
+
+    def boxes(self) -> list[tuple[str, int, int]]:
+        """(type, offset from the payload's start, size) of the top-level MP4 boxes (ISO/IEC 14496-12)."""
+        end = self._file.tell()
+        found, at = [], 0
+        while at < self.size:
+            self._file.seek(self.offset + at)
+            head = self._file.read(16)
+            size = int.from_bytes(head[:4], "big")
+            if size == 1:
+                size = int.from_bytes(head[8:16], "big")
+            found.append((head[4:8].decode("latin-1"), at, size))
+            if size < 8:
+                raise Corrupt(f"an MP4 box of {size} bytes at {at}")
+            at += size
+        self._file.seek(end)
+        return found
+
+
+def gop_table(boxes: list[tuple[str, int, int]], size: int) -> tuple[int, list[int]]:
+    """(header size, offset of each fragment and then the payload's end) of a fragmented MP4's top-level boxes."""
+    offsets = [at for kind, at, _ in boxes if kind == "moof"]
+    if not offsets or any(kind not in ("moof", "mdat") for kind, at, _ in boxes if at >= offsets[0]):
+        raise Corrupt(f"not a fragmented MP4 of header and fragments: {[kind for kind, _, _ in boxes][:12]}")
+    return offsets[0], [*offsets, size]
+
+
+def tar_name(key: str) -> str:
+    """The tar member's stem for a key. WebDataset splits names at the first dot, so dots of the last part become %2E."""
+    folder, separator, name = key.rpartition("/")
+    return folder + separator + name.replace(".", "%2E")
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Puts data at path so that a reader sees all of it or nothing, also after a power cut."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Makes renames inside a folder durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """A table as a zstd Parquet file in memory."""
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """value as an indented JSON file, written atomically."""
+    write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+@dataclass(frozen=True)
+class Video:
+    """One row of the index. Offsets are bytes from the payload's start; gop_frames end with num_frames."""
+
+    row: int
+    key: str
+    label: int
+    shard: str
+    offset: int
+    size: int
+    header_size: int
+    gop_offsets: np.ndarray
+    gop_frames: np.ndarray
+    num_frames: int
+    fps: float
+    width: int
+    height: int
+    codec: str
+    crc32c: int
+
+
+class Dataset:
+    """An opened data set: its description and its memory-mapped index."""
+
+    def __init__(self, path: Path, info: dict[str, Any], table: pa.Table):
+        self.path, self.info, self.table = path, info, table
+
+    @classmethod
+    def open(cls, path: str | Path) -> Dataset:
+        """Opens DATASET. Raises UserError if it is missing, incomplete, damaged or of another format version."""
+        path = Path(path)
+        try:
+            info = json.loads((path / "dataset.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            if (path / "plan.json").is_file():
+                raise UserError(f"{path}: the conversion is not finished; run the same `genkd shard` command again") from None
+            raise UserError(f"{path} is no genkd data set: it has no dataset.json") from None
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            raise UserError(f"{path / 'dataset.json'} is damaged; make the data set again") from None
+        if info.get("format_version") != FORMAT_VERSION:
+            raise UserError(
+                f"{path} has format version {info.get('format_version')!r}; this genkd reads version {FORMAT_VERSION}"
+            )
+        return cls(path, info, _index_table(path, info["index_digest"]))
+
+    @property
+    def classes(self) -> list[str]:
+        return self.info["classes"]
+
+    def rows(self, split: str) -> np.ndarray:
+        """Row numbers of a split, in key order. Raises UserError for an unknown or empty split."""
+        found = np.flatnonzero(pc.equal(self.table["split"], split).to_numpy(zero_copy_only=False))
+        if not len(found):
+            known = ", ".join(self.info["splits"]) or "none"
+            raise UserError(f"{self.path} has no videos in a split {split!r}; its splits: {known}")
+        return found
+
+    def column(self, name: str) -> np.ndarray:
+        """A fixed-width column as an array."""
+        return self.table[name].to_numpy()
+
+    @cached_property
+    def num_frames(self) -> np.ndarray:
+        return self.column("num_frames")
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        return self.column("label")
+
+    def video(self, row: int) -> Video:
+        """One row. Raises Corrupt if it points outside the data set."""
+        values = {name: self.table[name][row] for name in _VIDEO_COLUMNS}
+        shard = values["shard"].as_py()
+        if "/" in shard or "\\" in shard or shard.startswith("."):
+            raise Corrupt(f"row {row} of {self.path}: shard name {shard!r} points outside the data set")
+        arrays = {name: values.pop(name).values.to_numpy() for name in ("gop_offsets", "gop_frames")}
+        return Video(row=row, **{name: value.as_py() for name, value in values.items()}, **arrays)
+
+
+_VIDEO_COLUMNS = [name for name in Video.__dataclass_fields__ if name != "row"]
+
+
+def _index_table(path: Path, digest: str) -> pa.Table:
+    """The index, memory-mapped from index.arrow; that file is made anew from index.parquet when it does not match."""
+    cache = path / "index.arrow"
+    try:
+        table = pa.ipc.open_file(pa.memory_map(str(cache))).read_all()
+        if (table.schema.metadata or {}).get(b"index_digest") == digest.encode():
+            return table
+    except (FileNotFoundError, pa.ArrowInvalid):
+        pass
+    source = path / "index.parquet"
+    if not source.is_file():
+        raise UserError(f"{path} has lost its index.parquet; run the same `genkd shard` command again")
+    table = read_index_parquet(path)
+    try:
+        write_arrow(cache, table, digest)
+    except OSError:  # a read-only data set still works, only slower to open
+        return table
+    return pa.ipc.open_file(pa.memory_map(str(cache))).read_all()
+
+
+def read_index_parquet(path: Path) -> pa.Table:
+    """index.parquet as one table, checked against the format's columns."""
+    try:
+        table = pq.read_table(path / "index.parquet")
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path / 'index.parquet'} cannot be read ({error}); make the data set again") from None
+    if table.schema.names != SCHEMA.names:
+        raise UserError(f"{path / 'index.parquet'} has other columns than format version {FORMAT_VERSION}")
+    return table.combine_chunks()
+
+
+def write_arrow(path: Path, table: pa.Table, digest: str) -> None:
+    """index.arrow: the rows as uncompressed Arrow IPC, marked with the index digest they belong to."""
+    sink = pa.BufferOutputStream()
+    table = table.cast(SCHEMA).replace_schema_metadata({"index_digest": digest})
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    write_atomically(path, sink.getvalue().to_pybytes())
+
+
+def digest_of(data: bytes) -> str:
+    """The digest that dataset.json records for index.parquet."""
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+def _tar_info(name: str) -> tarfile.TarInfo:
+    """Nothing of the machine or the moment goes into a member's header."""
+    info = tarfile.TarInfo(name)
+    info.mode = 0o644
+    return info

@@ -1,0 +1,293 @@
+"""Decodes a source video and writes it as a fragmented MP4 with one closed GOP a fragment (PyAV)."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import av
+import av.filter
+
+from ..errors import UserError
+
+CODECS = ("h264", "vp9", "mjpeg")
+# One fragment a key frame; no trailing index, so that the payload ends with its last GOP.
+_MUXER = {"movflags": "frag_keyframe+empty_moov+default_base_moof+skip_trailer", "fflags": "+bitexact"}
+
+
+@dataclass(frozen=True)
+class VideoSettings:
+    """How videos are stored. short_side: pixels, 0 keeps the source's size; fps: None keeps the source's rate."""
+
+    codec: str = "h264"
+    short_side: int = 256
+    fps: float | None = None
+    gop: int = 16
+    crf: int | None = None
+    preset: str = "medium"
+
+    def __post_init__(self) -> None:
+        if self.codec not in CODECS:
+            raise UserError(f"unknown codec {self.codec!r}; there are {', '.join(CODECS)}")
+        if self.short_side and not 16 <= self.short_side <= 4096:
+            raise UserError(f"short side {self.short_side} is not between 16 and 4096 pixels (0 keeps the source's)")
+        if self.fps is not None and not 0 < self.fps <= 1000:
+            raise UserError(f"fps {self.fps} is not between 0 and 1000")
+        if not 1 <= self.gop <= 1000:
+            raise UserError(f"gop {self.gop} is not between 1 and 1000 frames")
+        if self.crf is not None and not 0 <= self.crf <= 63:
+            raise UserError(f"crf {self.crf} is not between 0 and 63")
+
+
+class VideoError(Exception):
+    """A source that cannot be converted: the stage that failed (open, decode, encode) and the reason."""
+
+    def __init__(self, stage: str, reason: str):
+        super().__init__(reason)
+        self.stage, self.reason = stage, reason
+
+
+class Sink(Protocol):
+    """Where encoded bytes go, in order."""
+
+    def write(self, data: bytes) -> int: ...
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What was written. gop_frames: first frame of each GOP, then the number of frames."""
+
+    width: int
+    height: int
+    fps: float
+    num_frames: int
+    gop_frames: tuple[int, ...]
+    codec: str
+    source_fps: float
+    source_frames: int
+
+
+def transcode(path: str, sink: Sink, settings: VideoSettings, on_frame: Callable[[], None] = lambda: None) -> Encoded:
+    """Writes the first video stream of `path` to `sink` as 8-bit yuv420p at a constant frame rate.
+
+    Output colour is BT.601 (limited range for h264 and vp9, full range for mjpeg), square pixels, even sides.
+    on_frame is called for every written frame and may raise to stop. One thread is used, so that the bytes do not
+    depend on the machine's load. Raises VideoError for a source that is no usable video.
+    """
+    with _open(path) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        rate = _output_rate(stream, settings)
+        count = _Counter(_decode(container, stream))
+        first = next(count, None)
+        if first is None:
+            raise VideoError("decode", "the video stream holds no frame that can be decoded")
+        width, height = _output_size(first, stream.sample_aspect_ratio, settings.short_side)
+        graph = _graph(stream, first, width, height, rate, settings.codec)
+        encoder = _Encoder(sink, settings, width, height, rate, on_frame)
+        try:
+            encoder.write(_filtered(graph, first, count))
+        finally:
+            encoder.close()
+        _refuse_truncated(container, stream, count.value)
+        return Encoded(
+            width, height, float(rate), encoder.num_frames, (*encoder.key_frames, encoder.num_frames),
+            settings.codec, float(stream.average_rate or rate), count.value,
+        )  # fmt: skip
+
+
+def decode_frames(payload: BinaryIO | str | Path) -> Iterator[av.VideoFrame]:
+    """Every frame of a stored payload or of a slice of it (header + GOPs), in order."""
+    with av.open(payload if not isinstance(payload, Path) else str(payload)) as container:
+        yield from container.decode(video=0)
+
+
+class _Counter:
+    """Counts what passes through an iterator."""
+
+    def __init__(self, items: Iterator):
+        self._items, self.value = items, 0
+
+    def __iter__(self) -> _Counter:
+        return self
+
+    def __next__(self) -> av.VideoFrame:
+        item = next(self._items)
+        self.value += 1
+        return item
+
+
+def _open(path: str) -> av.container.InputContainer:
+    try:
+        if os.path.getsize(path) == 0:
+            raise VideoError("open", "the file is empty")
+        container = av.open(path, metadata_errors="replace")
+    except PermissionError:
+        raise VideoError("open", "no permission to read the file") from None
+    except FileNotFoundError:
+        raise VideoError("open", "the file is gone, or its link points nowhere") from None
+    except (av.FFmpegError, OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise VideoError("open", f"not a video that FFmpeg can read, or cut off before its index ({reason})") from None
+    if not container.streams.video:
+        found = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
+        container.close()
+        raise VideoError("open", f"no video stream in the file (it holds {found})")
+    return container
+
+
+def _decode(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
+    """Frames in presentation order. Damaged packets are passed over as FFmpeg does; their number is judged later."""
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets)
+        except (StopIteration, av.error.EOFError):
+            return
+        except av.FFmpegError as error:
+            raise VideoError("decode", f"the file cannot be read to its end ({error.strerror})") from None
+        try:
+            frames = packet.decode()
+        except av.error.InvalidDataError:
+            continue
+        except av.FFmpegError as error:
+            raise VideoError("decode", f"the video stream cannot be decoded ({error.strerror})") from None
+        yield from (frame for frame in frames if frame.width and frame.height)
+
+
+def _output_rate(stream: av.VideoStream, settings: VideoSettings) -> Fraction:
+    if settings.fps is not None:
+        return Fraction(settings.fps).limit_denominator(1001)
+    rate = stream.average_rate or stream.guessed_rate
+    if not rate or not 0 < rate <= 1000:
+        raise VideoError("open", f"the video states no usable frame rate ({rate}); give one with --fps")
+    return Fraction(rate).limit_denominator(100_000)
+
+
+def _output_size(frame: av.VideoFrame, pixel_aspect: Fraction | None, short_side: int) -> tuple[int, int]:
+    """Width and height in square pixels, even, the short side as asked for."""
+    aspect = Fraction(pixel_aspect or 1)
+    if not Fraction(1, 4) <= aspect <= 4:  # a nonsensical header value
+        aspect = Fraction(1)
+    width, height = float(frame.width * aspect), float(frame.height)
+    scale = short_side / min(width, height) if short_side else 1.0
+
+    def even(value: float) -> int:
+        return max(2, 2 * math.floor(value * scale / 2 + 0.5))
+
+    width, height = even(width), even(height)
+    if max(width, height) > 16 * min(width, height):
+        raise VideoError("decode", f"frames of {frame.width}x{frame.height} are too narrow to be a video")
+    return width, height
+
+
+def _graph(stream, frame, width: int, height: int, rate: Fraction, codec: str) -> av.filter.Graph:
+    """Constant frame rate, size and colour through FFmpeg's own filters."""
+    pixel_range = "full" if codec == "mjpeg" else "limited"
+    graph = av.filter.Graph()
+    nodes = [
+        graph.add_buffer(
+            width=frame.width, height=frame.height, format=frame.format, time_base=stream.time_base,
+            name="in",
+        ),
+        graph.add("fps", f"fps={rate.numerator}/{rate.denominator}"),
+        graph.add("scale", f"{width}:{height}:flags=bicubic+accurate_rnd:out_color_matrix=bt601:out_range={pixel_range}"),
+        graph.add("setsar", "1"),
+        graph.add("format", "yuvj420p" if codec == "mjpeg" else "yuv420p"),
+        graph.add("buffersink"),
+    ]  # fmt: skip
+    graph.link_nodes(*nodes).configure()
+    return graph
+
+
+def _filtered(graph: av.filter.Graph, first: av.VideoFrame, rest: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
+    def ready() -> Iterator[av.VideoFrame]:
+        while True:
+            try:
+                yield graph.vpull()
+            except (av.error.BlockingIOError, av.error.EOFError):
+                return
+
+    shape, last = (first.width, first.height, first.format.name), first.pts
+    graph.vpush(first)
+    yield from ready()
+    for frame in rest:
+        if (frame.width, frame.height, frame.format.name) != shape:
+            raise VideoError("decode", f"the frame size changes from {shape[0]}x{shape[1]} to {frame.width}x{frame.height}")
+        if frame.pts is not None and last is not None and frame.pts <= last:
+            continue  # a repeated or stepped-back time stamp would be dropped by the rate filter with a warning a frame
+        last = frame.pts
+        graph.vpush(frame)
+        yield from ready()
+    graph.vpush(None)
+    yield from ready()
+
+
+class _Encoder:
+    """One video stream into a fragmented MP4; remembers where its GOPs begin."""
+
+    def __init__(self, sink: Sink, settings: VideoSettings, width: int, height: int, rate: Fraction, on_frame):
+        self._container = av.open(sink, "w", format="mp4", options=_MUXER)
+        name, pixel_format, options, gop = _codec_options(settings)
+        stream = self._container.add_stream(name, rate=rate, options=options)
+        stream.width, stream.height, stream.pix_fmt = width, height, pixel_format
+        stream.codec_context.gop_size = gop
+        stream.codec_context.max_b_frames = 0
+        stream.codec_context.thread_count = 1
+        stream.codec_context.time_base = 1 / rate
+        self._stream, self._rate, self._on_frame = stream, rate, on_frame
+        self._packets = 0
+        self.num_frames, self.key_frames = 0, []
+
+    def write(self, frames: Iterator[av.VideoFrame]) -> None:
+        for frame in frames:
+            # The source's own picture types would override the GOP length.
+            frame.pict_type = av.video.frame.PictureType.NONE
+            frame.pts, frame.time_base = self.num_frames, 1 / self._rate
+            self.num_frames += 1
+            self._mux(self._stream.encode(frame))
+            self._on_frame()
+        self._mux(self._stream.encode(None))
+        if self._packets != self.num_frames:
+            raise VideoError("encode", f"the encoder gave {self._packets} packets for {self.num_frames} frames")
+
+    def close(self) -> None:
+        self._container.close()
+
+    def _mux(self, packets) -> None:
+        for packet in packets:
+            if packet.is_keyframe:
+                self.key_frames.append(self._packets)
+            self._packets += 1
+            self._container.mux(packet)
+
+
+def _codec_options(settings: VideoSettings) -> tuple[str, str, dict[str, str], int]:
+    gop = str(settings.gop)
+    if settings.codec == "h264":
+        # fastdecode: no deblocking and no CABAC; fixed GOPs of one IDR frame and P frames.
+        crf = 23 if settings.crf is None else settings.crf
+        params = f"keyint={gop}:min-keyint={gop}:scenecut=0:bframes=0:open-gop=0:threads=1"
+        return "libx264", "yuv420p", {"preset": settings.preset, "tune": "fastdecode", "crf": str(crf), "x264-params": params}, settings.gop  # noqa: E501
+    if settings.codec == "vp9":
+        # No look-ahead and no hidden alternate reference frames: every packet is one shown frame.
+        crf = 33 if settings.crf is None else settings.crf
+        options = {"crf": str(crf), "b": "0", "keyint_min": gop, "lag-in-frames": "0", "auto-alt-ref": "0",
+                   "deadline": "good", "cpu-used": "4", "row-mt": "0"}  # fmt: skip
+        return "libvpx-vp9", "yuv420p", options, settings.gop
+    quality = 4 if settings.crf is None else settings.crf
+    return "mjpeg", "yuvj420p", {"qmin": str(max(1, quality)), "qmax": str(max(1, quality))}, 1
+
+
+def _refuse_truncated(container, stream: av.VideoStream, decoded: int) -> None:
+    """A file that ends early decodes without an error in many containers; its own header tells."""
+    expected, tolerance = stream.frames, 0.05
+    if not expected and container.duration and stream.average_rate:
+        expected, tolerance = int(container.duration / av.time_base * stream.average_rate), 0.2
+    if expected and expected - decoded > max(2, tolerance * expected):
+        raise VideoError("decode", f"cut off or damaged: {decoded} of {expected} frames could be decoded")

@@ -1,0 +1,55 @@
+"""Packaging of genkd: the repository root is the package, so its folders import as genkd.pipelines and so on."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+EXTRAS = {
+    "ray": ["ray[default]>=2.40"],
+    "s3": ["s3fs>=2024.6"],
+    "test": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.13"],
+}
+EXTRAS["all"] = EXTRAS["ray"] + EXTRAS["s3"]
+
+setup(
+    name="genkd",
+    version="0.1.0",
+    description="Video data sets to shards, shards to GPUs through DALI, and action recognition networks trained "
+    "by generative model-based feature knowledge distillation",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    package_dir={"genkd": "."},
+    packages=["genkd"] + ["genkd." + name for name in find_packages(exclude=["tests*"])],
+    package_data={"genkd.configs": ["*.yaml"]},
+    install_requires=[
+        "torch>=2.9",
+        "nvidia-dali-cuda120>=1.50",
+        "av>=14",
+        "numpy>=1.26",
+        "opencv-contrib-python-headless>=4.10",
+        "pyarrow>=17",
+        "fsspec>=2024.6",
+        "google-crc32c>=1.6",
+        "click>=8.1",
+        "rich>=13.7",
+        "pydantic>=2.8",
+        "PyYAML>=6",
+        "safetensors>=0.4.5",
+        "tensorboard>=2.17",
+        "matplotlib>=3.9",
+        "Jinja2>=3.1",
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["genkd=genkd.cli:main"]},
+    classifiers=[
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+    ],
+)
