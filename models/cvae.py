@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 
 class CVAEOutput(NamedTuple):
@@ -64,6 +65,16 @@ class ConditionalVAE(nn.Module):
     def decode(self, attention: Tensor, noise: Tensor) -> Tensor:
         """Features of a latent drawn from the prior N(attention, I): noise (N,T,C) -> (N,C,T,H,W)."""
         return self.decoder(attention.transpose(1, 2) + noise, attention)
+
+    def decode_frozen(self, attention: Tensor, noise: Tensor) -> Tensor:
+        """decode() with gradients to the attention only, not to the decoder's parameters.
+
+        The parameters are detached for this call rather than switched off: DDP's reducer does not survive a
+        requires_grad that changes.
+        """
+        latent = attention.transpose(1, 2) + noise
+        frozen = {name: parameter.detach() for name, parameter in self.decoder.named_parameters()}
+        return functional_call(self.decoder, frozen, (latent, attention))
 
 
 def _mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:

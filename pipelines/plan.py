@@ -6,13 +6,14 @@ ranks, workers, restarts or the order in which samples are asked for.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..configs.schema import DataConfig
 
-_ORDER, _SAMPLE = 0, 1  # separate streams of one key
+_ORDER, _SAMPLE, _NOISE = 0, 1, 2  # separate streams of one key
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,12 @@ def eval_samples(config: DataConfig, row: int, num_frames: int, width: int, heig
         for start in starts
         for crop in square_crops(width, height, crops)
     ]
+
+
+def noise(seed: int, epoch: int, rows: Iterable[int], shape: tuple[int, ...]) -> np.ndarray:
+    """Standard normal noise for the samples of a batch: float32 (N, *shape), each sample's own in each epoch."""
+    drawn = [_random(seed, epoch, _NOISE, row).standard_normal(shape, np.float32) for row in rows]
+    return np.stack(drawn)
 
 
 def window(start: int, num_frames: int, config: DataConfig) -> np.ndarray:

@@ -1,0 +1,64 @@
+"""Training state on disk: written atomically, rotated, read with weights_only."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import UserError, explain_os_error
+
+log = logging.getLogger(__name__)
+
+
+def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+    """Writes step-N.pt so that it is whole or absent, and removes all but the `keep` newest.
+
+    Raises UserError when the disk is full; what was there before stays.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step-{step:08d}.pt"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        # torch's zip writer turns the system's error into a RuntimeError with the original one as its context.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if isinstance(cause, OSError):
+            raise UserError(explain_os_error(cause, f"writing checkpoint {path}")) from None
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+    for _, old in _checkpoints(folder)[:-keep]:
+        old.unlink()
+    return path
+
+
+def load_newest(folder: Path) -> dict[str, Any] | None:
+    """The state of the newest readable checkpoint, on the CPU; a damaged one is passed over with a warning."""
+    for _, path in reversed(_checkpoints(folder)):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+            log.warning("checkpoint %s is damaged (%s); trying the one before it", path, error)
+    return None
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Deletes what a killed run left half written."""
+    for path in folder.glob(".step-*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    found = [(re.fullmatch(r"step-(\d+)\.pt", path.name), path) for path in folder.glob("step-*.pt")]
+    return sorted((int(match[1]), path) for match, path in found if match)

@@ -1,0 +1,84 @@
+"""Ranks: one process a device under torchrun, or a single process without it."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..errors import UserError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place: rank of world_size, and its device."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module under DDP where there is more than one rank."""
+        if self.world_size == 1:
+            return module
+        devices = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True)
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """values added up over all ranks."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, value: object) -> list:
+        """Every rank's picklable value, in rank order, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
+    """The device for "auto", "cpu" or "cuda". Raises UserError for a GPU that is not there."""
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("device=cuda, but PyTorch finds no CUDA device here; use device=cpu or install a CUDA build")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(f"local rank {local_rank}, but there are {torch.cuda.device_count()} GPUs; start fewer ranks a node")
+    return torch.device("cuda", local_rank)
+
+
+@contextlib.contextmanager
+def ranks(wanted_device: str) -> Iterator[Ranks]:
+    """Joins the process group that torchrun describes (NCCL on GPUs, gloo on CPUs), if any, and leaves it after."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    device = choose_device(wanted_device, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_size == 1:
+        yield Ranks(0, 1, device)
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
+    try:
+        yield Ranks(rank, world_size, device)
+    finally:
+        dist.destroy_process_group()

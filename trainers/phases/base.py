@@ -1,0 +1,77 @@
+"""What all phases share: the modules, their card, and how they are put on devices."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ...configs.schema import TrainConfig
+from ...errors import UserError
+from ...models import checkpoints
+from ...models.recognizer import build_cvae
+from ...pipelines.loader import Batch
+from ..distributed import Ranks
+from ..losses import Terms
+
+log = logging.getLogger(__name__)
+
+
+class Stage(NamedTuple):
+    """One optimizer step: the module it updates, and its loss terms with `total`."""
+
+    module: str
+    terms: Terms
+
+
+class Phase:
+    """Builds the modules of a phase. `modules` are trained, `frozen` only run; both are keyed by name.
+
+    Subclasses implement stages(). The card describes the recognizer that comes out.
+    """
+
+    uses_attention = True
+    uses_cvae = False
+
+    def __init__(self, config: TrainConfig, classes: tuple[str, ...]):
+        self.config = config
+        data = config.data
+        self.card = checkpoints.ModelCard(
+            model=config.model, classes=classes, clip_length=data.clip_length, size=data.size,
+            attention=self.uses_attention, compat=config.compat, data=data.model_dump(mode="json"),
+        )  # fmt: skip
+        # The weights depend on the seed alone, so that runs of one seed start from the same network.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.modules: dict[str, nn.Module] = {"recognizer": self.card.build()}
+            if self.uses_cvae:
+                self.modules["cvae"] = build_cvae(self.card.feature_shape)
+        self.frozen: dict[str, nn.Module] = {}
+        self.nets = dict(self.modules)
+        if config.init:
+            self._initialize(config.init)
+
+    def _initialize(self, place: str) -> None:
+        card = checkpoints.read_card(place)
+        if card.classes != self.card.classes:
+            raise UserError(f"init={place} has {len(card.classes)} other classes than the data set; train on the same one")
+        fresh = checkpoints.initialize_from(self.modules["recognizer"], place)
+        log.info("started from %s; fresh weights: %s", place, ", ".join(fresh) or "none")
+
+    def place(self, ranks: Ranks) -> None:
+        """Moves everything to the rank's device and wraps what is trained for DDP."""
+        for module in (*self.modules.values(), *self.frozen.values()):
+            module.to(ranks.device, memory_format=torch.channels_last_3d)
+        self.nets = {name: ranks.wrap(module) for name, module in self.modules.items()}
+
+    def train(self) -> None:
+        """Trained modules to training mode; frozen ones stay in eval mode."""
+        for module in self.modules.values():
+            module.train()
+
+    def stages(self, batch: Batch, epoch: int, noise: Tensor | None) -> Iterator[Stage]:
+        """The optimizer steps of one batch in turn; each is taken before the next is asked for. epoch counts from 1."""
+        raise NotImplementedError

@@ -1,0 +1,24 @@
+"""Teacher: plain classification, without attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from ...pipelines.loader import Batch
+from .. import losses
+from .base import Phase, Stage
+
+
+class Teacher(Phase):
+    """Backbone and classifier, trained with cross entropy."""
+
+    uses_attention = False
+
+    def stages(self, batch: Batch, epoch: int, noise: Tensor | None) -> Iterator[Stage]:
+        output = self.nets["recognizer"](batch.clips)
+        loss = losses.classification(
+            output.logits, batch.labels, label_smoothing=self.config.loss.label_smoothing, compat=self.config.compat
+        )
+        yield Stage("recognizer", {"total": loss, "class": loss})
