@@ -24,7 +24,7 @@ setup(
     python_requires=">=3.10",
     package_dir={"genkd": "."},
     packages=["genkd"] + ["genkd." + name for name in find_packages(exclude=["tests*"])],
-    package_data={"genkd.configs": ["*.yaml"]},
+    package_data={"genkd.configs": ["*.yaml"], "genkd.evaluation": ["*.j2"]},
     install_requires=[
         "torch>=2.9",
         "nvidia-dali-cuda120>=1.50",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +15,12 @@ import pyarrow.parquet as pq
 import torch
 from torch import nn
 
-from ..models.checkpoints import ModelCard
+from ..configs.schema import DataConfig
+from ..errors import UserError
+from ..models.checkpoints import ModelCard, load_recognizer
 from ..pipelines.loader import Loader
-from ..preprocessing.shards import Dataset
+from ..preprocessing.shards import Dataset, write_json
+from ..trainers import distributed
 from ..trainers.distributed import Ranks
 
 
@@ -83,6 +88,55 @@ def score(rows: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> Recogniti
         mean_class=float((hits[counts > 0] / counts[counts > 0]).mean()),
         loss=float(-np.log(normalized).mean()), confusion=confusion,
     )  # fmt: skip
+
+
+def evaluate_weights(
+    weights: Path,
+    dataset: Path,
+    out: Path | None = None,
+    *,
+    split: str = "test",
+    clips: int = 10,
+    crops: int = 1,
+    batch_size: int = 16,
+    precision: str = "auto",
+    device: str = "auto",
+    on_start: Callable[[int], None] = lambda clips: None,
+    on_batch: Callable[[int], None] = lambda clips: None,
+) -> dict[str, Any]:
+    """Metrics of stored weights on a split, as JSON values; with `out` also results.json and scores.parquet there.
+
+    Clips are made as in the run that the weights come from; each video is scored as the mean of clips x crops views.
+    Raises UserError for a data set with other classes or an unknown split.
+    """
+    model, card = load_recognizer(weights)
+    data = Dataset.open(dataset)
+    if tuple(data.classes) != card.classes:
+        raise UserError(f"{weights} knows {len(card.classes)} classes, {dataset} has {len(data.classes)} others; use its own data")
+    config = DataConfig.model_validate_json(json.dumps(card.data), strict=False)
+    with distributed.ranks(device) as place:
+        model.to(place.device, memory_format=torch.channels_last_3d)
+        dtype = distributed.precision(precision, place.device)
+        with Loader(
+            data, split, config, batch_size=batch_size, training=False, rank=place.rank, world_size=place.world_size,
+            device=place.device, views=(clips, crops),
+        ) as loader:  # fmt: skip
+            on_start(loader.count)
+            started = time.perf_counter()
+            result = evaluate(model, loader, place, dtype, on_batch)
+            elapsed = time.perf_counter() - started
+            about = {
+                "weights": str(weights), "dataset": str(dataset), "split": split, "clips": clips, "crops": crops,
+                "decoder": loader.decoder, "precision": str(dtype).removeprefix("torch."), "device": place.device.type,
+                "clips_per_s": round(loader.count / elapsed, 2),
+                "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            }  # fmt: skip
+        values = to_json(result, card, about)
+        if out is not None and place.is_main:
+            out.mkdir(parents=True, exist_ok=True)
+            write_scores(out / "scores.parquet", result, data)
+            write_json(out / "results.json", values)
+    return values
 
 
 def to_json(result: RecognitionResult, card: ModelCard, about: dict[str, Any]) -> dict[str, Any]:

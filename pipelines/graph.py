@@ -31,7 +31,8 @@ def build(
     """A built pipeline whose run() gives one float32 batch (N,T,size,size,3), normalized, on the device.
 
     source is called once a batch and gives lists, an entry a sample: media (encoded bytes, uint8 1-D, or frames, uint8
-    (T,H,W,3)), frame numbers (T,) int32, crop start (y, x) and end (y, x) float32, flip int32. StopIteration ends it.
+    (T,H,W,3)), crop start (y, x) and end (y, x) float32, flip int32, and for decoder "dali" the numbers of the frames to
+    decode (T,) int32. StopIteration ends it.
     """
     on_gpu = device.type == "cuda"
 
@@ -43,16 +44,17 @@ def build(
         exec_dynamic=True,  # its outputs own their memory, so they can be handed to torch without a copy
     )
     def graph():
-        media, frames, start, end, flip = fn.external_source(
+        encoded = decoder == "dali"
+        media, start, end, flip, *frames = fn.external_source(
             source=source,
-            num_outputs=5,
+            num_outputs=5 if encoded else 4,
             batch=True,
-            dtype=[types.UINT8, types.INT32, types.FLOAT, types.FLOAT, types.INT32],
-            ndim=[1 if decoder == "dali" else 4, 1, 1, 1, 0],
-            layout=["" if decoder == "dali" else "FHWC", "", "", "", ""],
+            dtype=[types.UINT8, types.FLOAT, types.FLOAT, types.INT32, types.INT32][: 5 if encoded else 4],
+            ndim=[1 if encoded else 4, 1, 1, 0, 1][: 5 if encoded else 4],
+            layout=["" if encoded else "FHWC", "", "", "", ""][: 5 if encoded else 4],
         )
-        if decoder == "dali":
-            clip = fn.decoders.video(media, frames=frames, device="mixed" if on_gpu else "cpu")
+        if encoded:
+            clip = fn.decoders.video(media, frames=frames[0], device="mixed" if on_gpu else "cpu")
         else:
             clip = media.gpu() if on_gpu else media
         clip = fn.resize(

@@ -62,7 +62,8 @@ class Loader:
 
     training: shuffled epochs of random clips, every video once an epoch; iterating gives the rest of the current epoch
     and moves on to the next. Otherwise one pass over views = (clips, crops) of every video, in key order, views of a
-    video next to each other. batch_size counts clips over all ranks. Close it, or use it as a context manager.
+    video next to each other. batch_size counts clips over all ranks; rows: these rows of the index instead of the whole
+    split. Close it, or use it as a context manager.
     Raises UserError for a bad split, a missing shard or a decoder that cannot take the codec; while iterating,
     Corrupt (which names key and shard) for a payload that cannot be decoded, unless config.on_error is "replace".
     """
@@ -80,6 +81,7 @@ class Loader:
         world_size: int = 1,
         device: str | torch.device = "cpu",
         views: tuple[int, int] = (1, 1),
+        rows: np.ndarray | None = None,
     ):
         if batch_size < 1 or world_size < 1 or not 0 <= rank < world_size:
             raise UserError(f"batch size {batch_size}, rank {rank}, world size {world_size}: no such share of a batch")
@@ -88,7 +90,7 @@ class Loader:
         self.dataset, self.config, self.training, self.seed = dataset, config, training, seed
         self.batch_size, self.rank, self.world_size, self.views = batch_size, rank, world_size, views
         self.device = torch.device(device)
-        self.rows = dataset.rows(split)
+        self.rows = dataset.rows(split) if rows is None else rows
         require_readable(dataset, np.unique(dataset.table["shard"].take(self.rows).to_numpy(zero_copy_only=False)))
         self.decoder = graph.choose_decoder(config.decoder, dataset.info["video"]["codec"], self.device.type)
         self.threads = config.decoder_threads or min(8, len(os.sched_getaffinity(0)))
@@ -244,7 +246,9 @@ class _Run:
         self._inside.append(batch)
         crops = np.array([item.sample.crop for item in items], np.float32)
         flips = [np.array(item.sample.flip, np.int32) for item in items]
-        return list(media), list(frames), list(crops[:, :2]), list(crops[:, 2:]), flips
+        given = (list(media), list(crops[:, :2]), list(crops[:, 2:]), flips)
+        # PyAV has already picked the frames.
+        return (*given, list(frames)) if self._loader.decoder == "dali" else given
 
     def _fill(self) -> None:
         loader = self._loader

@@ -185,14 +185,15 @@ def _write_videos(task: tuple[str, SynthSettings, list], report: engines.Report)
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
             try:
-                _encode(temporary, render(settings, name, group, clip), settings.fps)
+                write_video(temporary, render(settings, name, group, clip), settings.fps)
                 os.replace(temporary, path)
             finally:
                 temporary.unlink(missing_ok=True)
         report(1)
 
 
-def _encode(path: Path, frames: np.ndarray, fps: int) -> None:
+def write_video(path: Path, frames: np.ndarray, fps: int) -> None:
+    """frames (T,H,W,3) uint8 RGB as an MPEG-4 Part 2 AVI file, the codec and container of UCF101."""
     with av.open(str(path), "w", format="avi", options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream("mpeg4", rate=fps, options={"qmin": "2", "qmax": "5", "flags": "+bitexact"})
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"

@@ -65,6 +65,16 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def precision(wanted: str, device: torch.device) -> torch.dtype:
+    """The autocast type for "auto", "fp32", "bf16" or "fp16". Raises UserError for fp16 without a GPU."""
+    if wanted == "auto":
+        capable = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if capable else torch.float32
+    if wanted == "fp16" and device.type == "cpu":
+        raise UserError("precision=fp16 needs a GPU; use fp32 or bf16 on a CPU")
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[wanted]
+
+
 @contextlib.contextmanager
 def ranks(wanted_device: str) -> Iterator[Ranks]:
     """Joins the process group that torchrun describes (NCCL on GPUs, gloo on CPUs), if any, and leaves it after."""

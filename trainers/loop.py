@@ -25,7 +25,7 @@ from ..pipelines import plan
 from ..pipelines.loader import Batch, Loader
 from ..preprocessing.shards import Dataset, write_json
 from . import checkpoint, optimizers, phases
-from .distributed import Ranks, ranks
+from .distributed import Ranks, precision, ranks
 from .metrics import Clock, MetricsLog, Meter, console_line
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,11 @@ _FREE_KEYS = ("log_every", "checkpoint_every", "keep_checkpoints", "tensorboard"
 
 
 class Stopped(Exception):
-    """The run was asked to stop (Ctrl-C, SIGTERM) and has saved its state."""
+    """The run was asked to stop and has saved its state. exit_code: 130 after Ctrl-C, 0 after SIGTERM (preemption)."""
+
+    def __init__(self, text: str, exit_code: int):
+        super().__init__(text)
+        self.exit_code = exit_code
 
 
 def train(config: TrainConfig, run: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -79,7 +83,7 @@ class _Trainer:
             name: optimizers.build(self._optimizer_config(name), module, place.device)
             for name, module in phase.modules.items()
         }
-        self.dtype = _precision(config.precision, place.device)
+        self.dtype = precision(config.precision, place.device)
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=self.dtype == torch.float16)
         self.meter = Meter(place)
         self.step = 0
@@ -101,7 +105,8 @@ class _Trainer:
                         self.log(metrics, epoch)
                     if self._stops(stop):
                         self.save()
-                        raise Stopped(f"stopped at step {self.step} of {self.total_steps}, state saved")
+                        code = 0 if stop.number == signal.SIGTERM else 130
+                        raise Stopped(f"stopped at step {self.step} of {self.total_steps}, state saved", code)
                     if self.step % config.checkpoint_every == 0 and loader.batch:
                         self.save()
                 if self.eval_loader and (epoch % config.eval_every == 0 or epoch == config.epochs):
@@ -211,11 +216,12 @@ class _Trainer:
         drawn = plan.noise(self.config.seed, epoch, batch.ids.tolist(), (time, channels))
         return torch.from_numpy(drawn).to(self.place.device, non_blocking=True)
 
-    def _stops(self, stop: threading.Event) -> bool:
+    def _stops(self, stop: _StopRequest) -> bool:
         """Whether any rank was told to stop; with several ranks they agree at log steps, where they wait anyway."""
-        if self.place.world_size == 1:
-            return stop.is_set()
-        return self.step % self.config.log_every == 0 and any(self.place.gather(stop.is_set()))
+        if self.place.world_size > 1 and self.step % self.config.log_every == 0:
+            stop.number = max(self.place.gather(stop.number))
+            return bool(stop.number)
+        return self.place.world_size == 1 and bool(stop.number)
 
     @contextlib.contextmanager
     def _metrics(self) -> Iterator[MetricsLog | None]:
@@ -283,18 +289,24 @@ def _adopt(run: Path, config: TrainConfig) -> None:
     (run / "config.yaml").write_text(configs.dump(config), encoding="utf-8")
 
 
+class _StopRequest:
+    """The signal that asked the loop to stop; 0 for none."""
+
+    number = 0
+
+
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
+def _stop_signals() -> Iterator[_StopRequest]:
     """SIGINT and SIGTERM ask the loop to stop after its step; a second one interrupts at once."""
-    stop = threading.Event()
+    stop = _StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
 
     def ask(number: int, frame: object) -> None:
-        if stop.is_set():
+        if stop.number:
             raise KeyboardInterrupt
-        stop.set()
+        stop.number = number
 
     old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -302,15 +314,6 @@ def _stop_signals() -> Iterator[threading.Event]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
-
-
-def _precision(wanted: str, device: torch.device) -> torch.dtype:
-    if wanted == "auto":
-        capable = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if capable else torch.float32
-    if wanted == "fp16" and device.type == "cpu":
-        raise UserError("precision=fp16 needs a GPU; use fp32 or bf16 on a CPU")
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[wanted]
 
 
 def _mix(*values: int) -> int:

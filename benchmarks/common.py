@@ -1,0 +1,88 @@
+"""What every benchmark needs: turns, quantiles, the machine's description, data to measure on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..preprocessing import sources
+from ..preprocessing.convert import convert
+from ..preprocessing.shards import Dataset
+from ..preprocessing.synthetic import SynthSettings, synthesize
+from ..preprocessing.video import VideoSettings
+
+_PACKAGES = ("torch", "nvidia-dali-cuda120", "av", "numpy", "pyarrow", "genkd")
+
+
+def compare(
+    name: str, unit: str, contenders: dict[str, Callable[[], tuple[float, dict]]], repeats: int, about: dict[str, Any]
+) -> dict[str, Any]:
+    """Lets the contenders take turns `repeats` times; each call gives one rate (higher is better) and notes.
+
+    Taking turns spreads a noisy machine's slow moments over all of them. The first contender is the ratio's base.
+    """
+    rates: dict[str, list[float]] = {label: [] for label in contenders}
+    notes: dict[str, dict] = {}
+    for _ in range(repeats):
+        for label, measure in contenders.items():
+            rate, notes[label] = measure()
+            rates[label].append(rate)
+    base = float(np.median(rates[next(iter(rates))]))
+    rows = []
+    for label, values in rates.items():
+        low, middle, high = (float(value) for value in np.percentile(values, [10, 50, 90]))
+        rows.append(
+            {"name": label, "median": middle, "p10": low, "p90": high, "ratio": middle / base, "repeats": repeats,
+             "extra": notes[label]}
+        )  # fmt: skip
+    return {"benchmark": name, "unit": unit, "about": about, "machine": machine(), "versions": versions(), "rows": rows}
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, memory and GPU."""
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "memory_gb": round(memory / 1e9, 1), "gpu": gpu}
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that matter for speed."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+@contextlib.contextmanager
+def synthetic_videos(videos_per_class: int, width: int, height: int) -> Iterator[Path]:
+    """A temporary synthetic data set of AVI files."""
+    with tempfile.TemporaryDirectory(prefix="genkd-bench-") as folder:
+        settings = SynthSettings(videos_per_class=videos_per_class, width=width, height=height)
+        synthesize(Path(folder, "videos"), settings, workers=len(os.sched_getaffinity(0)))
+        yield Path(folder, "videos")
+
+
+@contextlib.contextmanager
+def shards_of(data: Path | None, codec: str) -> Iterator[Dataset]:
+    """The shard data set `data`, or a temporary synthetic one of 256 px."""
+    if data is not None:
+        yield Dataset.open(data)
+        return
+    with synthetic_videos(12, 320, 240) as videos, tempfile.TemporaryDirectory(prefix="genkd-bench-") as folder:
+        out = Path(folder, "data")
+        convert(sources.ucf101(videos), out, VideoSettings(codec=codec), workers=len(os.sched_getaffinity(0)))
+        yield Dataset.open(out)

@@ -1,0 +1,199 @@
+"""One self-contained HTML page about training runs."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+
+from .. import __version__
+from ..configs.load import read_run
+from ..configs.schema import DataConfig, TrainConfig
+from ..errors import UserError
+from ..models.checkpoints import ModelCard, load_recognizer, read_card
+from ..models.recognizer import Recognizer
+from ..pipelines.loader import Loader
+from ..pipelines.store import ClipStore, decode_rgb
+from ..preprocessing.shards import Dataset, Video, write_atomically
+from ..trainers import metrics
+from . import charts
+
+SAMPLES = 4  # videos whose attention is shown
+_WINDOWS = 10
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a run folder holds."""
+
+    path: Path
+    config: TrainConfig
+    card: ModelCard
+    lines: list[dict[str, Any]]
+    evaluation: dict[str, Any] | None
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def of_kind(self, kind: str) -> list[dict[str, Any]]:
+        return [line for line in self.lines if line["kind"] == kind]
+
+
+def write_report(
+    path: Path, runs: list[Path], *, title: str = "genkd report", timings: dict[str, float] | None = None
+) -> None:
+    """Writes the page: accuracies, what distillation did, curves, throughput, confusion, attention over time.
+
+    runs: finished run folders of one data set; what a folder's `evaluation/` holds is shown too. timings: seconds by
+    step. Raises UserError for a folder that is no finished run.
+    """
+    found = [_read(run) for run in runs]
+    evaluated = {run.name: run for run in found if run.evaluation}
+    guessing = 1 / len(found[0].card.classes)
+    page = {
+        "title": title,
+        "version": __version__,
+        "classes": found[0].card.classes,
+        "rows": [_row(run) for run in found],
+        "comparison": _comparison(found),
+        "accuracy": charts.lines(
+            {run.name: _series(run, "eval", "top1") for run in found if run.of_kind("eval")},
+            "epoch", "top-1 on held-out videos", percent=True, floor=guessing,
+        ),
+        "loss": charts.lines({run.name: _series(run, "train", "recognizer/class") for run in found}, "epoch", "class loss"),
+        "throughput": charts.bars({run.name: _median(run, "clips_per_s") for run in found}, "training clips/s, median"),
+        "waiting": charts.bars({run.name: 100 * _median(run, "data_wait") for run in found}, "% of the time waiting for data"),
+        "confusions": [
+            (name, charts.confusion(np.array(run.evaluation["confusion"]), run.evaluation["classes"]))
+            for name, run in evaluated.items()
+        ],
+        "samples": _samples(found),
+        "timings": timings,
+    }  # fmt: skip
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    template = (resources.files("genkd.evaluation") / "report.html.j2").read_text(encoding="utf-8")
+    write_atomically(path, environment.from_string(template).render(page).encode())
+
+
+def _read(path: Path) -> _Run:
+    config, card = read_run(path), read_card(path)
+    results = path / "evaluation" / "results.json"
+    evaluation = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else None
+    lines = metrics.read(path)
+    if not lines:
+        raise UserError(f"{path} has no metrics.jsonl; is it a finished run?")
+    return _Run(path, config, card, lines, evaluation)
+
+
+def _row(run: _Run) -> dict[str, Any]:
+    what = {"teacher": "classification", "representation": "feature representation", "distill": "distillation"}
+    plain = run.config.phase == "distill" and run.config.method == "none"
+    result, last = run.evaluation or {}, (run.of_kind("eval") or [{}])[-1]
+    return {
+        "name": run.name,
+        "phase": "no distillation" if plain else what[run.config.phase],
+        "network": f"I3D {run.card.model.temporal.replace('_', '-')}, width {run.card.model.width:g}",
+        "parameters": result.get("parameters"),
+        "epochs": run.config.epochs,
+        "top1": result.get("top1", last.get("top1")),
+        "top5": result.get("top5", last.get("top5")),
+        "mean_class": result.get("mean_class_accuracy"),
+        "views": f"{result['clips']} x {result['crops']}" if result else f"{run.config.data.eval_clips} x 1",
+        "decoder": result.get("decoder"),
+    }
+
+
+def _comparison(runs: list[_Run]) -> dict[str, Any] | None:
+    """The distilled student against the plain one on the same videos, with the paired standard error."""
+    students = {run.config.method: run for run in runs if run.config.phase == "distill" and run.evaluation}
+    if set(students) != {"none", "generative"}:
+        return None
+    tables = {name: pq.read_table(run.path / "evaluation" / "scores.parquet") for name, run in students.items()}
+    right = {name: table["label"].to_numpy() == table["prediction"].to_numpy() for name, table in tables.items()}
+    difference = right["generative"].astype(float) - right["none"]
+    error = difference.std(ddof=1) / math.sqrt(len(difference))
+    return {
+        "plain": right["none"].mean(), "distilled": right["generative"].mean(), "difference": difference.mean(),
+        "error": error, "videos": len(difference), "seed": students["generative"].config.seed,
+        "significant": abs(difference.mean()) > 1.96 * error,
+    }  # fmt: skip
+
+
+def _series(run: _Run, kind: str, key: str) -> tuple[list[float], list[float]]:
+    lines = [line for line in run.of_kind(kind) if key in line]
+    steps = max(line["step"] for line in run.lines)
+    return [line["step"] / steps * run.config.epochs for line in lines], [line[key] for line in lines]
+
+
+def _median(run: _Run, key: str) -> float:
+    return float(np.median([line[key] for line in run.of_kind("train")]))
+
+
+def _samples(runs: list[_Run]) -> list[dict[str, Any]]:
+    """A few held-out videos: frames, and each attending network's mean attention over time."""
+    attending = [run for run in runs if run.card.attention]
+    if not attending:
+        return []
+    data = attending[0].config.data
+    dataset = Dataset.open(data.dataset)
+    rows = dataset.rows(data.eval_split)
+    labels = dataset.labels[rows]
+    firsts = [rows[np.flatnonzero(labels == label)[0]] for label in np.unique(labels)]
+    chosen = [firsts[number] for number in np.linspace(0, len(firsts) - 1, min(SAMPLES, len(firsts))).round().astype(int)]
+    models = {run.name: load_recognizer(run.path)[0] for run in attending}
+    colours = {run.name: charts.COLOURS[runs.index(run) % len(charts.COLOURS)] for run in attending}
+    store = ClipStore(dataset)
+    shown = []
+    for row in chosen:
+        video = dataset.video(int(row))
+        curves, predictions = {}, {}
+        for run in attending:
+            values, scores = _attention_over_time(models[run.name], run.card, dataset, video)
+            curves[run.name] = (np.arange(video.num_frames) / video.fps, values)
+            predictions[run.name] = run.card.classes[int(scores.argmax())]
+        picked = np.linspace(0, video.num_frames - 1, 10).round().astype(int)
+        bytes_, _ = store.read(video, 0, video.num_frames - 1)
+        weights = np.nan_to_num(curves[attending[-1].name][1][picked])
+        spread = weights - weights.min()
+        frames = charts.heat(decode_rgb(bytes_, picked), spread / max(spread.max(), 0.05))
+        shown.append(
+            {
+                "key": video.key, "label": dataset.classes[video.label], "predictions": predictions,
+                "frames": charts.strip(frames), "chart": charts.attention(curves, colours, 10.5),
+                "bars": attending[-1].name,
+            }
+        )  # fmt: skip
+    return shown
+
+
+def _attention_over_time(
+    model: Recognizer, card: ModelCard, dataset: Dataset, video: Video
+) -> tuple[np.ndarray, np.ndarray]:
+    """Attention averaged over channels and over all windows that cover a frame (num_frames,), and mean scores (K,)."""
+    config = DataConfig.model_validate_json(json.dumps(card.data), strict=False)
+    sums, counts, scores = np.zeros(video.num_frames), np.zeros(video.num_frames), []
+    with Loader(
+        dataset, "", config, batch_size=_WINDOWS, training=False, views=(_WINDOWS, 1), rows=np.array([video.row])
+    ) as loader, torch.inference_mode():
+        for batch in loader:
+            output = model(batch.clips)
+            scores.append(output.scores.mean(0).numpy())
+            weights = output.attention.mean(1).numpy()  # (N,T')
+            steps = np.arange(config.clip_length) * weights.shape[1] // config.clip_length
+            for number in range(batch.count):
+                frames = loader.sample(0, number).frames
+                # A clip frame stands for the source frames up to the next one.
+                for offset in range(config.stride):
+                    covered = np.minimum(frames + offset, video.num_frames - 1)
+                    np.add.at(sums, covered, weights[number, steps])
+                    np.add.at(counts, covered, 1)
+    return np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0), np.mean(scores, 0)

@@ -1,0 +1,55 @@
+"""What is in a data set, in numbers: splits, classes, durations, sizes, codecs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from .shards import Dataset
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """Counts and distributions as JSON values. Raises UserError if `path` is no finished data set.
+
+    splits: videos, frames, seconds and bytes of each; classes: videos a split of each; duration_s, fps, width, height
+    and gop_frames: minimum, median, maximum; rejected: number of rejected sources by reason.
+    """
+    dataset = Dataset.open(path)
+    table = dataset.table
+    frames, fps = dataset.num_frames, dataset.column("fps")
+    splits = table["split"].to_numpy(zero_copy_only=False)
+    offsets = table["gop_frames"].combine_chunks()
+    lengths = np.diff(offsets.values.to_numpy())
+    lengths = lengths[lengths > 0]  # each list ends above where the next begins
+    errors = pq.read_table(dataset.path / "errors.parquet") if (dataset.path / "errors.parquet").is_file() else None
+    reasons = pc.value_counts(errors["stage"]).to_pylist() if errors is not None else []
+    return {
+        "name": dataset.info["name"],
+        "format_version": dataset.info["format_version"],
+        "video": dataset.info["video"],
+        "splits": dataset.info["splits"],
+        "shards": len(set(table["shard"].to_pylist())),
+        "classes": {
+            name: {
+                split: int(((dataset.labels == label) & (splits == split)).sum()) for split in dataset.info["splits"]
+            }
+            for label, name in enumerate(dataset.classes)
+        },
+        "codecs": {entry["values"]: entry["counts"] for entry in pc.value_counts(table["codec"]).to_pylist()},
+        "duration_s": _spread(frames / fps),
+        "fps": _spread(fps),
+        "width": _spread(dataset.column("width")),
+        "height": _spread(dataset.column("height")),
+        "gop_frames": _spread(lengths),
+        "bytes_per_video": _spread(dataset.column("size")),
+        "rejected": {entry["values"]: entry["counts"] for entry in reasons},
+    }
+
+
+def _spread(values: np.ndarray) -> dict[str, float]:
+    low, middle, high = np.percentile(values, [0, 50, 100])
+    return {"min": round(float(low), 3), "median": round(float(middle), 3), "max": round(float(high), 3)}

@@ -1,0 +1,101 @@
+"""Results as tables on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def show(tables: Iterable[Table]) -> None:
+    """Prints tables to standard output, as wide as they need where that is no terminal."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=140)
+    for table in tables:
+        console.print(table)
+
+
+def inspection_tables(found: dict[str, Any]) -> list[Table]:
+    """The splits, the classes and the spread of sizes of a data set."""
+    video = found["video"]
+    splits = _table(f"{found['name']}: {video['codec']}, {found['shards']} shards", "split", "videos", "frames", "duration", "size")
+    for name, entry in found["splits"].items():
+        splits.add_row(
+            name, f"{entry['videos']:,}", f"{entry['frames']:,}", _duration(entry["seconds"]), _bytes(entry["bytes"])
+        )
+    names = list(found["splits"])
+    classes = _table("classes", "label", "class", *names)
+    for label, (name, counts) in enumerate(found["classes"].items()):
+        classes.add_row(str(label), name, *(str(counts[split]) for split in names))
+    spread = _table("videos", "", "min", "median", "max")
+    labels = {"duration_s": "seconds", "fps": "frames/s", "width": "width px", "height": "height px",
+              "gop_frames": "frames a GOP", "bytes_per_video": "bytes"}  # fmt: skip
+    for key, label in labels.items():
+        spread.add_row(label, *(f"{found[key][part]:,g}" for part in ("min", "median", "max")))
+    tables = [splits, classes, spread]
+    if found["rejected"]:
+        rejected = _table("rejected sources (errors.parquet)", "stage", "sources")
+        for stage, count in found["rejected"].items():
+            rejected.add_row(stage, str(count))
+        tables.append(rejected)
+    return tables
+
+
+def recognition_tables(values: dict[str, Any]) -> list[Table]:
+    """Accuracies, and the confusion matrix where it is small enough to read."""
+    head = f"{values['split']}: {values['videos']} videos, {values['clips']} clips x {values['crops']} crops"
+    metrics = _table(head, "top-1", "top-5", "mean class", "loss", "clips/s")
+    metrics.add_row(
+        *(f"{100 * values[key]:.2f} %" for key in ("top1", "top5", "mean_class_accuracy")),
+        f"{values['loss']:.4f}", f"{values['clips_per_s']:.1f}",
+    )  # fmt: skip
+    if len(values["classes"]) > 20:
+        return [metrics]
+    confusion = _table("confusion: rows are true classes", "", *values["classes"], "top-1")
+    for name, row in zip(values["classes"], values["confusion"], strict=True):
+        share = values["per_class"][name]["top1"]
+        confusion.add_row(name, *(str(count or "·") for count in row), "-" if share is None else f"{100 * share:.0f} %")
+    return [metrics, confusion]
+
+
+def benchmark_tables(result: dict[str, Any]) -> list[Table]:
+    """One row a contender: median, spread and ratio to the first."""
+    table = _table(f"{result['benchmark']} on {result['machine']['cpu']}", "contender", result["unit"], "p10", "p90", "ratio", "notes")
+    for row in result["rows"]:
+        table.add_row(
+            row["name"], f"{row['median']:.2f}", f"{row['p10']:.2f}", f"{row['p90']:.2f}", f"{row['ratio']:.2f}",
+            ", ".join(f"{key} {value}" for key, value in row.get("extra", {}).items()),
+        )  # fmt: skip
+    return [table]
+
+
+def doctor_tables(findings: list[dict[str, Any]]) -> list[Table]:
+    """One row a finding."""
+    table = _table("this machine", "", "what", "found")
+    for entry in findings:
+        table.add_row("[green]ok[/green]" if entry["ok"] else "[red]no[/red]", entry["what"], entry["found"])
+    return [table]
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 or column in ("class", "what", "found", "notes") else "right")
+    return table
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+
+
+def _bytes(count: int) -> str:
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"
