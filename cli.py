@@ -89,8 +89,8 @@ def _shard_options(function: Callable) -> Callable:
     options = [
         click.argument("root", type=_FOLDER),
         click.argument("out", type=_FOLDER),
-        click.option("--codec", default="h264", show_default=True, help="h264, vp9 or mjpeg. DALI decodes vp9 and mjpeg "
-                     "on CPUs too."),
+        click.option("--codec", default="h264", show_default=True, help="h264, vp9 or mjpeg. DALI decodes vp9 and "
+                     "mjpeg on CPUs too."),
         click.option("--short-side", default=256, show_default=True, help="Pixels; 0 keeps the source's size."),
         click.option("--fps", type=float, help="Frames a second  [default: the source's]"),
         click.option("--gop", default=16, show_default=True, help="Frames of a GOP; the unit in which clips are read."),

@@ -78,7 +78,9 @@ def _nvdec() -> tuple[bool, str]:
 
 def _encoders() -> tuple[bool, str]:
     missing = [name for name in _ENCODERS if name not in av.codecs_available]
-    return not missing, f"PyAV {av.__version__}, " + (f"without {', '.join(missing)}" if missing else ", ".join(_ENCODERS))
+    return not missing, f"PyAV {av.__version__}, " + (
+        f"without {', '.join(missing)}" if missing else ", ".join(_ENCODERS)
+    )
 
 
 def _apex() -> tuple[bool, str]:
@@ -112,7 +114,12 @@ def _one_clip() -> tuple[bool, str]:
         codec = "h264" if device == "cuda" else "vp9"
         convert(sources.folder(path.parent.parent), Path(folder, "data"), VideoSettings(codec, 128), workers=0)
         config = DataConfig(clip_length=8, size=64)
-        with Loader(Dataset.open(Path(folder, "data")), "train", config, batch_size=1, training=True, device=device) as loader:
+        with Loader(
+            Dataset.open(Path(folder, "data")), "train", config, batch_size=1, training=True, device=device
+        ) as loader:
             clips = next(iter(loader)).clips
             spread = float(clips.std())
-            return 0.1 < spread < 10, f"{codec} by {loader.decoder} on {device}: {tuple(clips.shape)}, spread {spread:.2f}"
+            return (
+                0.1 < spread < 10,
+                f"{codec} by {loader.decoder} on {device}: {tuple(clips.shape)}, spread {spread:.2f}",
+            )

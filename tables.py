@@ -21,7 +21,9 @@ def show(tables: Iterable[Table]) -> None:
 def inspection_tables(found: dict[str, Any]) -> list[Table]:
     """The splits, the classes and the spread of sizes of a data set."""
     video = found["video"]
-    splits = _table(f"{found['name']}: {video['codec']}, {found['shards']} shards", "split", "videos", "frames", "duration", "size")
+    splits = _table(
+        f"{found['name']}: {video['codec']}, {found['shards']} shards", "split", "videos", "frames", "duration", "size"
+    )
     for name, entry in found["splits"].items():
         splits.add_row(
             name, f"{entry['videos']:,}", f"{entry['frames']:,}", _duration(entry["seconds"]), _bytes(entry["bytes"])
@@ -63,7 +65,15 @@ def recognition_tables(values: dict[str, Any]) -> list[Table]:
 
 def benchmark_tables(result: dict[str, Any]) -> list[Table]:
     """One row a contender: median, spread and ratio to the first."""
-    table = _table(f"{result['benchmark']} on {result['machine']['cpu']}", "contender", result["unit"], "p10", "p90", "ratio", "notes")
+    table = _table(
+        f"{result['benchmark']} on {result['machine']['cpu']}",
+        "contender",
+        result["unit"],
+        "p10",
+        "p90",
+        "ratio",
+        "notes",
+    )
     for row in result["rows"]:
         table.add_row(
             row["name"], f"{row['median']:.2f}", f"{row['p10']:.2f}", f"{row['p90']:.2f}", f"{row['ratio']:.2f}",
@@ -83,7 +93,9 @@ def doctor_tables(findings: list[dict[str, Any]]) -> list[Table]:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left")
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 or column in ("class", "what", "found", "notes") else "right")
+        table.add_column(
+            column, justify="left" if number == 0 or column in ("class", "what", "found", "notes") else "right"
+        )
     return table
 
 

@@ -78,7 +78,9 @@ def _genkd(dataset: Dataset, decoder: str, device: str) -> tuple[float, dict]:
 
 def _torch(dataset: Dataset, rows: np.ndarray, device: str) -> tuple[float, dict]:
     workers = min(8, len(os.sched_getaffinity(0)))
-    loader = DataLoader(PyAVClips(dataset, rows), BATCH, shuffle=True, num_workers=workers, multiprocessing_context="spawn")
+    loader = DataLoader(
+        PyAVClips(dataset, rows), BATCH, shuffle=True, num_workers=workers, multiprocessing_context="spawn"
+    )
     started = time.perf_counter()
     first, count = _consume((clips.to(device) for clips, _ in loader), len)
     return _rate(started, first, count, {"workers": workers})

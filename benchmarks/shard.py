@@ -32,10 +32,18 @@ def run(data: Path | None, repeats: int) -> dict[str, Any]:
 
 def _measure(source: SourceList, repeats: int) -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0))
-    contenders = {"genkd, 1 worker": lambda: _genkd(source, 1), f"genkd, {cores} workers": lambda: _genkd(source, cores)}
+    contenders = {
+        "genkd, 1 worker": lambda: _genkd(source, 1),
+        f"genkd, {cores} workers": lambda: _genkd(source, cores),
+    }
     if shutil.which("ffmpeg"):
         contenders[f"ffmpeg, {cores} processes"] = lambda: _ffmpeg(source, cores)
-    about = {"videos": len(source.videos), "codec": SETTINGS.codec, "short_side": SETTINGS.short_side, "gop": SETTINGS.gop}
+    about = {
+        "videos": len(source.videos),
+        "codec": SETTINGS.codec,
+        "short_side": SETTINGS.short_side,
+        "gop": SETTINGS.gop,
+    }
     return compare("shard", "frames/s", contenders, repeats, about)
 
 

@@ -189,9 +189,10 @@ def _sentence(problem: typing.Any, origin: Mapping[str, str], default_origin: st
     dotted = ".".join(str(part) for part in location)
     where = next((origin[key] for key in _prefixes(dotted) if key in origin), default_origin)
     if problem["type"] == "extra_forbidden":
-        siblings = _known_keys(TrainConfig, location[:-1])
+        parent = dotted.removesuffix(str(location[-1]))
+        siblings = [parent + name for name in _known_keys(TrainConfig, location[:-1])]
         elsewhere = _all_keys(TrainConfig).get(str(location[-1]))
-        hint = f"; did you mean {elsewhere!r}?" if elsewhere else _nearest(location[-1], siblings)
+        hint = f"; did you mean {elsewhere!r}?" if elsewhere else _nearest(dotted, siblings)
         return f"{where}: unknown key {dotted!r}{hint}"
     message = problem["msg"].removeprefix("Value error, ")
     value = "" if isinstance(problem["input"], dict) else f" (got {problem['input']!r})"

@@ -60,7 +60,9 @@ class ModelConfig(_Frozen):
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
         if (self.width * 32) % 1:
-            raise ValueError(f"width {self.width} is no multiple of 1/32, so group norm's 32 groups would not divide it")
+            raise ValueError(
+                f"width {self.width} is no multiple of 1/32, so group norm's 32 groups would not divide it"
+            )
         return self
 
 
@@ -98,7 +100,9 @@ class TrainConfig(_Frozen):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     epochs: _Positive = 50
     batch_size: _Positive = Field(16, description="clips a step over all ranks")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto: bf16 on a capable GPU, else fp32")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="auto: bf16 on a capable GPU, else fp32"
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     grad_clip: _NonNegative = Field(0.0, description="largest gradient norm; 0: no limit")
     log_every: _Positive = Field(10, description="steps")

@@ -23,7 +23,15 @@ def lines(series: Series, x_label: str, y_label: str, *, percent: bool = False, 
     figure = Figure(figsize=(5.4, 3.1), layout="constrained")
     axes = figure.add_subplot()
     for number, (name, (x, y)) in enumerate(series.items()):
-        axes.plot(x, y, color=COLOURS[number % len(COLOURS)], label=name, linewidth=1.7, marker="o" if len(x) < 30 else None, markersize=3)
+        axes.plot(
+            x,
+            y,
+            color=COLOURS[number % len(COLOURS)],
+            label=name,
+            linewidth=1.7,
+            marker="o" if len(x) < 30 else None,
+            markersize=3,
+        )
     if floor is not None:
         axes.axhline(floor, color="#9aa4ad", linestyle="--", linewidth=1)
         axes.annotate("guessing", (0.995, floor), xycoords=("axes fraction", "data"), ha="right", va="bottom", **_STYLE)

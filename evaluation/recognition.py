@@ -69,7 +69,9 @@ def evaluate(
             on_batch(batch.count)
     model.train(training)
     sums = place.sum(sums)
-    return score(loader.rows, (sums / (loader.views[0] * loader.views[1])).cpu().numpy(), loader.dataset.labels[loader.rows])
+    return score(
+        loader.rows, (sums / (loader.views[0] * loader.views[1])).cpu().numpy(), loader.dataset.labels[loader.rows]
+    )
 
 
 def score(rows: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> RecognitionResult:
@@ -112,7 +114,9 @@ def evaluate_weights(
     model, card = load_recognizer(weights)
     data = Dataset.open(dataset)
     if tuple(data.classes) != card.classes:
-        raise UserError(f"{weights} knows {len(card.classes)} classes, {dataset} has {len(data.classes)} others; use its own data")
+        raise UserError(
+            f"{weights} knows {len(card.classes)} classes, {dataset} has {len(data.classes)} others; use its own data"
+        )
     config = DataConfig.model_validate_json(json.dumps(card.data), strict=False)
     with distributed.ranks(device) as place:
         model.to(place.device, memory_format=torch.channels_last_3d)

@@ -69,9 +69,13 @@ def write_report(
             {run.name: _series(run, "eval", "top1") for run in found if run.of_kind("eval")},
             "epoch", "top-1 on held-out videos", percent=True, floor=guessing,
         ),
-        "loss": charts.lines({run.name: _series(run, "train", "recognizer/class") for run in found}, "epoch", "class loss"),
+        "loss": charts.lines(
+            {run.name: _series(run, "train", "recognizer/class") for run in found}, "epoch", "class loss"
+        ),
         "throughput": charts.bars({run.name: _median(run, "clips_per_s") for run in found}, "training clips/s, median"),
-        "waiting": charts.bars({run.name: 100 * _median(run, "data_wait") for run in found}, "% of the time waiting for data"),
+        "waiting": charts.bars(
+            {run.name: 100 * _median(run, "data_wait") for run in found}, "% of the time waiting for data"
+        ),
         "confusions": [
             (name, charts.confusion(np.array(run.evaluation["confusion"]), run.evaluation["classes"]))
             for name, run in evaluated.items()
@@ -148,7 +152,9 @@ def _samples(runs: list[_Run]) -> list[dict[str, Any]]:
     rows = dataset.rows(data.eval_split)
     labels = dataset.labels[rows]
     firsts = [rows[np.flatnonzero(labels == label)[0]] for label in np.unique(labels)]
-    chosen = [firsts[number] for number in np.linspace(0, len(firsts) - 1, min(SAMPLES, len(firsts))).round().astype(int)]
+    chosen = [
+        firsts[number] for number in np.linspace(0, len(firsts) - 1, min(SAMPLES, len(firsts))).round().astype(int)
+    ]
     models = {run.name: load_recognizer(run.path)[0] for run in attending}
     colours = {run.name: charts.COLOURS[runs.index(run) % len(charts.COLOURS)] for run in attending}
     store = ClipStore(dataset)
@@ -181,9 +187,12 @@ def _attention_over_time(
     """Attention averaged over channels and over all windows that cover a frame (num_frames,), and mean scores (K,)."""
     config = DataConfig.model_validate_json(json.dumps(card.data), strict=False)
     sums, counts, scores = np.zeros(video.num_frames), np.zeros(video.num_frames), []
-    with Loader(
-        dataset, "", config, batch_size=_WINDOWS, training=False, views=(_WINDOWS, 1), rows=np.array([video.row])
-    ) as loader, torch.inference_mode():
+    with (
+        Loader(
+            dataset, "", config, batch_size=_WINDOWS, training=False, views=(_WINDOWS, 1), rows=np.array([video.row])
+        ) as loader,
+        torch.inference_mode(),
+    ):
         for batch in loader:
             output = model(batch.clips)
             scores.append(output.scores.mean(0).numpy())

@@ -19,7 +19,9 @@ class AttentionHead(nn.Module):
         super().__init__()
         self.channels, self.time = channels, time
         hidden = channels // 2
-        self.reduce = nn.Sequential(nn.Conv3d(channels, hidden, (1, height, width)), nn.GroupNorm(32, hidden), nn.ReLU())
+        self.reduce = nn.Sequential(
+            nn.Conv3d(channels, hidden, (1, height, width)), nn.GroupNorm(32, hidden), nn.ReLU()
+        )
         self.conv = nn.Conv1d(hidden, channels, 3, padding=1)
         self.norm = nn.GroupNorm(32, channels)
         self.linear = nn.Linear(channels, time)

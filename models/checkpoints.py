@@ -145,7 +145,11 @@ def initialize_from(recognizer: Recognizer, place: str | Path) -> list[str]:
     wrong = [key for key in own if key in state and state[key].shape != own[key].shape]
     missing = [key for key in own if key not in state and not key.startswith("attention.")]
     if wrong or missing:
-        what = f"{wrong[0]} has shape {tuple(state[wrong[0]].shape)}, not {tuple(own[wrong[0]].shape)}" if wrong else f"no {missing[0]}"
+        what = (
+            f"{wrong[0]} has shape {tuple(state[wrong[0]].shape)}, not {tuple(own[wrong[0]].shape)}"
+            if wrong
+            else f"no {missing[0]}"
+        )
         raise UserError(f"{path} does not fit this model ({what}): temporal, width or the number of classes differ")
     recognizer.load_state_dict(state, strict=False)
     return sorted({key.split(".")[0] for key in own if key not in state})

@@ -47,7 +47,11 @@ class Recognizer(nn.Module):
         channels, time, height, width = shape
         self.compat = compat
         self.backbone = I3D(
-            in_channels, temporal=config.temporal, width=config.width, bn_momentum=config.bn_momentum, endpoints=(ENDPOINT,)
+            in_channels,
+            temporal=config.temporal,
+            width=config.width,
+            bn_momentum=config.bn_momentum,
+            endpoints=(ENDPOINT,),
         )
         self.attention = AttentionHead(channels, time, height, width) if attention else None
         self.pool = (min(2, time), height, width)

@@ -16,7 +16,7 @@ GPU_CODECS = (*CPU_CODECS, "av1", "mpeg4", "h264", "hevc")
 
 
 def choose_decoder(wanted: str, codec: str, device: str) -> str:
-    """"dali" or "pyav" for a codec and device ("cpu" or "cuda"). Raises UserError where DALI was asked for in vain."""
+    """ "dali" or "pyav" for a codec and device ("cpu" or "cuda"). Raises UserError where DALI was asked for in vain."""
     possible = codec in (GPU_CODECS if device == "cuda" else CPU_CODECS)
     if wanted == "dali" and not possible:
         raise UserError(
@@ -31,8 +31,8 @@ def build(
     """A built pipeline whose run() gives one float32 batch (N,T,size,size,3), normalized, on the device.
 
     source is called once a batch and gives lists, an entry a sample: media (encoded bytes, uint8 1-D, or frames, uint8
-    (T,H,W,3)), crop start (y, x) and end (y, x) float32, flip int32, and for decoder "dali" the numbers of the frames to
-    decode (T,) int32. StopIteration ends it.
+    (T,H,W,3)), crop start (y, x) and end (y, x) float32, flip int32, and for decoder "dali" the frames to decode,
+    (T,) int32. StopIteration ends it.
     """
     on_gpu = device.type == "cuda"
 

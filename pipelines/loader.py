@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+
 import numpy as np
 import torch
 
@@ -293,5 +294,9 @@ class _Run:
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = [line for line in lines if not line.startswith(("Critical error", "Error in", "which was", "encountered", "File "))]
+    told = [
+        line
+        for line in lines
+        if not line.startswith(("Critical error", "Error in", "which was", "encountered", "File "))
+    ]
     return (told or lines or [type(error).__name__])[0]

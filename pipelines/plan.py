@@ -58,7 +58,9 @@ def train_sample(
     return Sample(row, window(start, num_frames, config), crop, bool(random.random() < config.flip))
 
 
-def eval_samples(config: DataConfig, row: int, num_frames: int, width: int, height: int, clips: int, crops: int) -> list[Sample]:
+def eval_samples(
+    config: DataConfig, row: int, num_frames: int, width: int, height: int, clips: int, crops: int
+) -> list[Sample]:
     """The views of one video: `clips` windows spread evenly over it, each with 1 (centre) or 3 square crops."""
     span = (config.clip_length - 1) * config.stride + 1
     slack = max(0, num_frames - span)

@@ -103,5 +103,6 @@ def require_readable(dataset: Dataset, shard_names: Iterable[str]) -> None:
     missing = [name for name in sorted(set(shard_names)) if not (dataset.path / "shards" / name).is_file()]
     if missing:
         raise UserError(
-            f"{dataset.path} lacks {len(missing)} of its shards, e.g. {missing[0]}; run the same `genkd shard` command again"
+            f"{dataset.path} lacks {len(missing)} of its shards, e.g. {missing[0]}; "
+            "run the same `genkd shard` command again"
         )

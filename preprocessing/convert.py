@@ -155,9 +155,13 @@ def _adopt(out: Path, plan: dict[str, Any]) -> None:
     """Begins an empty folder with this plan, or continues a folder that has the same one."""
     path = out / "plan.json"
     if not path.exists():
-        strangers = sorted(entry.name for entry in out.iterdir() if entry.name != ".lock" and not entry.name.endswith(".tmp"))
+        strangers = sorted(
+            entry.name for entry in out.iterdir() if entry.name != ".lock" and not entry.name.endswith(".tmp")
+        )
         if strangers:
-            raise UserError(f"{out} is not empty and holds no genkd data set (found {strangers[0]!r}); choose another folder")
+            raise UserError(
+                f"{out} is not empty and holds no genkd data set (found {strangers[0]!r}); choose another folder"
+            )
         shards.write_json(path, plan)
         return
     try:
@@ -218,7 +222,9 @@ def _convert_shard(task: ShardTask, report: engines.Report) -> None:
     shards.write_atomically(folder / f"{task.name}.parquet", shards.parquet_bytes(table))
 
 
-def _add_video(writer: shards.ShardWriter, task: ShardTask, video: SourceVideo, report: engines.Report) -> dict[str, Any]:
+def _add_video(
+    writer: shards.ShardWriter, task: ShardTask, video: SourceVideo, report: engines.Report
+) -> dict[str, Any]:
     waiting = 0
 
     def on_frame() -> None:
@@ -265,7 +271,9 @@ def _write_index(
     table = pa.concat_tables(tables)
     rejected.sort(key=lambda entry: entry.path)
     rows = [dataclasses.asdict(entry) for entry in rejected]
-    shards.write_atomically(out / "errors.parquet", shards.parquet_bytes(pa.Table.from_pylist(rows, shards.ERROR_SCHEMA)))
+    shards.write_atomically(
+        out / "errors.parquet", shards.parquet_bytes(pa.Table.from_pylist(rows, shards.ERROR_SCHEMA))
+    )
     if not table.num_rows:
         first = rejected[0]
         raise UserError(
@@ -293,7 +301,9 @@ def _write_index(
 def _split_counts(table: pa.Table) -> dict[str, Any]:
     seconds = pc.divide(pc.cast(table["num_frames"], pa.float64()), table["fps"])
     table = table.append_column("seconds", seconds)
-    grouped = table.group_by("split").aggregate([("key", "count"), ("num_frames", "sum"), ("seconds", "sum"), ("size", "sum")])
+    grouped = table.group_by("split").aggregate(
+        [("key", "count"), ("num_frames", "sum"), ("seconds", "sum"), ("size", "sum")]
+    )
     rows = sorted(grouped.to_pylist(), key=lambda row: row["split"])
     return {
         row["split"]: {

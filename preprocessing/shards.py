@@ -30,7 +30,10 @@ SCHEMA = pa.schema(
         ("key", pa.string()),
         ("split", pa.string()),
         ("label", pa.int32()),
-        ("annotations", pa.list_(pa.struct([("start_s", pa.float64()), ("end_s", pa.float64()), ("label", pa.int32())]))),
+        (
+            "annotations",
+            pa.list_(pa.struct([("start_s", pa.float64()), ("end_s", pa.float64()), ("label", pa.int32())])),
+        ),
         ("shard", pa.string()),
         ("offset", pa.int64()),
         ("size", pa.int64()),
@@ -71,7 +74,9 @@ class ShardWriter:
         try:
             yield payload
             if payload.size >= 8 << 30:
-                raise UserError(f"{name}: a payload of 8 GiB or more does not fit a tar member; use a lower --short-side")
+                raise UserError(
+                    f"{name}: a payload of 8 GiB or more does not fit a tar member; use a lower --short-side"
+                )
         except BaseException:
             self._file.seek(start)
             self._file.truncate()
@@ -92,7 +97,9 @@ class ShardWriter:
 
     def close(self) -> None:
         """Releases the file; without finish() before, the shard is not usable."""
-        self._file.close()
+        # What is still in the buffer of a failed shard may not fit on the disk either.
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 class Payload:
@@ -135,7 +142,7 @@ def gop_table(boxes: list[tuple[str, int, int]], size: int) -> tuple[int, list[i
 
 
 def tar_name(key: str) -> str:
-    """The tar member's stem for a key. WebDataset splits names at the first dot, so dots of the last part become %2E."""
+    """The tar member's stem for a key. WebDataset splits names at the first dot, so the last part's become %2E."""
     folder, separator, name = key.rpartition("/")
     return folder + separator + name.replace(".", "%2E")
 
@@ -210,7 +217,9 @@ class Dataset:
             info = json.loads((path / "dataset.json").read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             if (path / "plan.json").is_file():
-                raise UserError(f"{path}: the conversion is not finished; run the same `genkd shard` command again") from None
+                raise UserError(
+                    f"{path}: the conversion is not finished; run the same `genkd shard` command again"
+                ) from None
             raise UserError(f"{path} is no genkd data set: it has no dataset.json") from None
         except (json.JSONDecodeError, UnicodeDecodeError):
             raise UserError(f"{path / 'dataset.json'} is damaged; make the data set again") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Iterable
@@ -11,7 +12,25 @@ from pathlib import Path
 from ..errors import UserError
 
 VIDEO_EXTENSIONS = frozenset(
-    ".3gp .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .vob .webm .wmv .y4m".split()
+    [
+        ".3gp",
+        ".avi",
+        ".flv",
+        ".m2ts",
+        ".m4v",
+        ".mkv",
+        ".mov",
+        ".mp4",
+        ".mpeg",
+        ".mpg",
+        ".mts",
+        ".ogv",
+        ".ts",
+        ".vob",
+        ".webm",
+        ".wmv",
+        ".y4m",
+    ]
 )
 SPLIT_NAMES = ("train", "training", "val", "validation", "valid", "test", "testing")
 
@@ -61,7 +80,9 @@ def folder(root: Path, *, test_fold: str | None = None, group_by: str | None = N
     if has_splits and test_fold:
         raise UserError(f"{root} already names its splits ({', '.join(tops)}); leave --test-fold out")
     class_folders = (
-        [(top, name) for top in tops for name in _subfolders(root / top)] if has_splits else [("", name) for name in tops]
+        [(top, name) for top in tops for name in _subfolders(root / top)]
+        if has_splits
+        else [("", name) for name in tops]
     )
     if not class_folders:
         raise UserError(f"{root} holds no class folder; expected {root}/CLASS/VIDEO files")
@@ -122,7 +143,9 @@ def ucf101(root: Path, *, fold: int = 1, annotations: Path | None = None) -> Sou
     for name in _subfolders(video_root):
         for path in _files(video_root / name):
             if str(path) not in listed and path.suffix.lower() in VIDEO_EXTENSIONS:
-                rejected.append(Rejection(printable(_relative(path, video_root)), "scan", f"not in a list of split {fold}"))
+                rejected.append(
+                    Rejection(printable(_relative(path, video_root)), "scan", f"not in a list of split {fold}")
+                )
     return SourceList(root.name, video_root, classes, _sorted_unique(videos), tuple(rejected))
 
 
@@ -136,9 +159,7 @@ def printable(name: str) -> str:
     except UnicodeDecodeError:
         text = raw.decode("latin-1")
         return "".join(c if c.isascii() and c.isprintable() and c != "%" else f"%{ord(c):02X}" for c in text)
-    return "".join(
-        c if c.isprintable() and c != "%" else "".join(f"%{byte:02X}" for byte in c.encode()) for c in text
-    )
+    return "".join(c if c.isprintable() and c != "%" else "".join(f"%{byte:02X}" for byte in c.encode()) for c in text)
 
 
 def _existing_folder(root: Path) -> Path:
@@ -178,9 +199,11 @@ def _video(path: Path, root: Path, split: str, label: int) -> SourceVideo:
 
 def _sorted_unique(videos: Iterable[SourceVideo]) -> tuple[SourceVideo, ...]:
     ordered = sorted(videos, key=lambda video: video.key)
-    for first, second in zip(ordered, ordered[1:], strict=False):
+    for first, second in itertools.pairwise(ordered):
         if first.key == second.key:
-            raise UserError(f"two sources have the key {first.key!r}: {first.path} and {second.path}; rename one of them")
+            raise UserError(
+                f"two sources have the key {first.key!r}: {first.path} and {second.path}; rename one of them"
+            )
     return tuple(ordered)
 
 

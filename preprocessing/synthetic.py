@@ -79,9 +79,10 @@ def render(settings: SynthSettings, name: str, group: int, clip: int) -> np.ndar
     motion = np.random.default_rng([settings.seed, 2, group, clip])
     background, sprite = _background(scene, settings), _sprite(scene, settings)
     frames = max(2, round(settings.seconds * settings.fps))
-    path = _path(name, motion, np.arange(frames) / settings.fps, settings.seconds)
-    light = 1 + 0.08 * np.sin(2 * np.pi * (motion.uniform() + motion.uniform(0.2, 0.6) * np.arange(frames) / settings.fps))
+    seconds = np.arange(frames) / settings.fps
+    light = 1 + 0.08 * np.sin(2 * np.pi * (motion.uniform() + motion.uniform(0.2, 0.6) * seconds))
     grain = motion.normal(0, 3, (8, settings.height, settings.width, 1))
+    path = _path(name, motion, seconds, settings.seconds)
     images = np.empty((frames, settings.height, settings.width, 3), np.uint8)
     for number, (x, y, scale, angle) in enumerate(path):
         image = _draw(background, sprite, x * settings.width, y * settings.height, scale, angle)
@@ -140,7 +141,9 @@ def _background(random: np.random.Generator, settings: SynthSettings) -> np.ndar
     coarse = (random.uniform(70, 170, 3) + random.uniform(-35, 35, (4, 5, 3))).astype(np.float32)
     fine = random.normal(0, 10, (12, 16, 3)).astype(np.float32)
     size = (settings.width, settings.height)
-    image = cv2.resize(coarse, size, interpolation=cv2.INTER_CUBIC) + cv2.resize(fine, size, interpolation=cv2.INTER_LINEAR)
+    image = cv2.resize(coarse, size, interpolation=cv2.INTER_CUBIC) + cv2.resize(
+        fine, size, interpolation=cv2.INTER_LINEAR
+    )
     for _ in range(int(random.integers(0, 3))):
         still = _sprite(random, settings)
         x, y = random.uniform(0, settings.width), random.uniform(0, settings.height)
@@ -149,7 +152,7 @@ def _background(random: np.random.Generator, settings: SynthSettings) -> np.ndar
 
 
 def _sprite(random: np.random.Generator, settings: SynthSettings) -> np.ndarray:
-    """A textured shape with its alpha, float32 (S,S,4): colours 0..255, alpha 0..1. Its size is a third of the frame."""
+    """A textured shape with its alpha, float32 (S,S,4): colours 0..255, alpha 0..1; a third of the frame's height."""
     side = 2 * round(settings.height * 0.19)
     grid = (np.mgrid[0:side, 0:side].astype(np.float32) + 0.5) / side * 2 - 1
     v, u = grid
@@ -207,7 +210,9 @@ def write_video(path: Path, frames: np.ndarray, fps: int) -> None:
 
 def _write_lists(folder: Path, names: list[tuple[str, int, int]], settings: SynthSettings) -> dict[str, int]:
     folder.mkdir(exist_ok=True)
-    (folder / "classInd.txt").write_text("".join(f"{n} {name}\n" for n, name in enumerate(CLASSES, 1)), encoding="utf-8")
+    (folder / "classInd.txt").write_text(
+        "".join(f"{n} {name}\n" for n, name in enumerate(CLASSES, 1)), encoding="utf-8"
+    )
     groups = 1 + max(group for _, group, _ in names)
     # As in UCF101, the first groups are the test set.
     held_out = min(groups - 1, max(1, round(settings.test_share * groups)))
@@ -231,7 +236,9 @@ def _adopt(out: Path, settings: SynthSettings) -> None:
     if stamp.is_file():
         old = json.loads(stamp.read_text(encoding="utf-8"))
         if old != values:
-            changed = ", ".join(f"{key} {old.get(key)} -> {values[key]}" for key in values if old.get(key) != values[key])
+            changed = ", ".join(
+                f"{key} {old.get(key)} -> {values[key]}" for key in values if old.get(key) != values[key]
+            )
             raise UserError(f"{out} holds a data set made with other settings ({changed}); choose another folder")
         return
     out.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -58,7 +59,8 @@ def _verify_shard(task: tuple[str, str], report: engines.Report) -> list[Problem
     path = dataset.path / "shards" / name
     problems = []
     try:
-        members = {member.offset_data: member for member in tarfile.open(path)}
+        with tarfile.open(path) as tar:
+            members = {member.offset_data: member for member in tar}
     except (OSError, tarfile.TarError) as error:
         return [Problem(name, "", f"cannot be read as a tar file ({error})")]
     with open(path, "rb") as file:
@@ -88,7 +90,7 @@ def _check_payload(video: Video, data: bytes) -> None:
     starts = video.gop_frames.tolist()
     if len(starts) != len(offsets) or starts[0] != 0 or starts[-1] != video.num_frames:
         raise Corrupt("its GOP frame numbers do not match its frames")
-    for number, (first, last) in enumerate(zip(starts, starts[1:], strict=False)):
+    for number, (first, last) in enumerate(itertools.pairwise(starts)):
         piece = data[:header] + data[offsets[number] : offsets[number + 1]]
         try:
             frames = [(frame.width, frame.height) for frame in decode_frames(io.BytesIO(piece))]

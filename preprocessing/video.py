@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -83,21 +84,22 @@ def transcode(path: str, sink: Sink, settings: VideoSettings, on_frame: Callable
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
         rate = _output_rate(stream, settings)
-        count = _Counter(_decode(container, stream))
-        first = next(count, None)
+        source = _Frames(container, stream)
+        frames = iter(source)
+        first = next(frames, None)
         if first is None:
             raise VideoError("decode", "the video stream holds no frame that can be decoded")
         width, height = _output_size(first, stream.sample_aspect_ratio, settings.short_side)
         graph = _graph(stream, first, width, height, rate, settings.codec)
         encoder = _Encoder(sink, settings, width, height, rate, on_frame)
         try:
-            encoder.write(_filtered(graph, first, count))
+            encoder.write(_filtered(graph, first, frames))
         finally:
             encoder.close()
-        _refuse_truncated(container, stream, count.value)
+        source.refuse_damaged()
         return Encoded(
             width, height, float(rate), encoder.num_frames, (*encoder.key_frames, encoder.num_frames),
-            settings.codec, float(stream.average_rate or rate), count.value,
+            settings.codec, float(stream.average_rate or rate), source.count,
         )  # fmt: skip
 
 
@@ -107,19 +109,60 @@ def decode_frames(payload: BinaryIO | str | Path) -> Iterator[av.VideoFrame]:
         yield from container.decode(video=0)
 
 
-class _Counter:
-    """Counts what passes through an iterator."""
+class _Frames:
+    """Decoded frames in presentation order, and how much of the stream they make up.
 
-    def __init__(self, items: Iterator):
-        self._items, self.value = items, 0
+    Damaged packets are passed over as FFmpeg does; refuse_damaged judges them when all is read.
+    """
 
-    def __iter__(self) -> _Counter:
-        return self
+    def __init__(self, container: av.container.InputContainer, stream: av.VideoStream):
+        self._container, self._stream = container, stream
+        self.count, self._packets, self._damaged, self._end = 0, 0, 0, 0.0
 
-    def __next__(self) -> av.VideoFrame:
-        item = next(self._items)
-        self.value += 1
-        return item
+    def __iter__(self) -> Iterator[av.VideoFrame]:
+        packets = self._container.demux(self._stream)
+        while True:
+            try:
+                packet = next(packets)
+            except (StopIteration, av.error.EOFError):
+                return
+            except av.FFmpegError as error:
+                raise VideoError("decode", f"the file cannot be read to its end ({error.strerror})") from None
+            self._packets += bool(packet.size)
+            try:
+                frames = packet.decode()
+            except av.error.InvalidDataError:
+                self._damaged += 1
+                continue
+            except av.FFmpegError as error:
+                raise VideoError("decode", f"the video stream cannot be decoded ({error.strerror})") from None
+            for frame in frames:
+                if frame.width and frame.height:
+                    self.count += 1
+                    self._end = max(self._end, frame.time or 0.0)
+                    yield frame
+
+    def refuse_damaged(self) -> None:
+        """Raises VideoError for a file that ends early, which many containers do not report, or is largely damaged."""
+        declared, seconds = self._stream.frames, _declared_seconds(self._container, self._stream)
+        if declared:
+            if declared - self.count > max(2, 0.05 * declared):
+                raise VideoError("decode", f"cut off or damaged: {self.count} of {declared} frames could be decoded")
+        elif seconds and self._end < 0.8 * seconds - 1:
+            raise VideoError("decode", f"cut off or damaged: it ends after {self._end:.1f} of {seconds:.1f} seconds")
+        if self._damaged > max(2, 0.05 * self._packets):
+            raise VideoError("decode", f"damaged: {self._damaged} of {self._packets} packets cannot be decoded")
+
+
+def _declared_seconds(container: av.container.InputContainer, stream: av.VideoStream) -> float:
+    """How long the header says that the video stream is; 0 where it does not say."""
+    if stream.duration:
+        return float(stream.duration * stream.time_base)
+    match = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
+    if match:
+        return int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3])
+    # The container's own length may be that of another stream.
+    return container.duration / av.time_base if container.duration and len(container.streams) == 1 else 0.0
 
 
 def _open(path: str) -> av.container.InputContainer:
@@ -139,25 +182,6 @@ def _open(path: str) -> av.container.InputContainer:
         container.close()
         raise VideoError("open", f"no video stream in the file (it holds {found})")
     return container
-
-
-def _decode(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
-    """Frames in presentation order. Damaged packets are passed over as FFmpeg does; their number is judged later."""
-    packets = container.demux(stream)
-    while True:
-        try:
-            packet = next(packets)
-        except (StopIteration, av.error.EOFError):
-            return
-        except av.FFmpegError as error:
-            raise VideoError("decode", f"the file cannot be read to its end ({error.strerror})") from None
-        try:
-            frames = packet.decode()
-        except av.error.InvalidDataError:
-            continue
-        except av.FFmpegError as error:
-            raise VideoError("decode", f"the video stream cannot be decoded ({error.strerror})") from None
-        yield from (frame for frame in frames if frame.width and frame.height)
 
 
 def _output_rate(stream: av.VideoStream, settings: VideoSettings) -> Fraction:
@@ -196,7 +220,9 @@ def _graph(stream, frame, width: int, height: int, rate: Fraction, codec: str) -
             name="in",
         ),
         graph.add("fps", f"fps={rate.numerator}/{rate.denominator}"),
-        graph.add("scale", f"{width}:{height}:flags=bicubic+accurate_rnd:out_color_matrix=bt601:out_range={pixel_range}"),
+        graph.add(
+            "scale", f"{width}:{height}:flags=bicubic+accurate_rnd:out_color_matrix=bt601:out_range={pixel_range}"
+        ),
         graph.add("setsar", "1"),
         graph.add("format", "yuvj420p" if codec == "mjpeg" else "yuv420p"),
         graph.add("buffersink"),
@@ -218,7 +244,9 @@ def _filtered(graph: av.filter.Graph, first: av.VideoFrame, rest: Iterator[av.Vi
     yield from ready()
     for frame in rest:
         if (frame.width, frame.height, frame.format.name) != shape:
-            raise VideoError("decode", f"the frame size changes from {shape[0]}x{shape[1]} to {frame.width}x{frame.height}")
+            raise VideoError(
+                "decode", f"the frame size changes from {shape[0]}x{shape[1]} to {frame.width}x{frame.height}"
+            )
         if frame.pts is not None and last is not None and frame.pts <= last:
             continue  # a repeated or stepped-back time stamp would be dropped by the rate filter with a warning a frame
         last = frame.pts
@@ -273,7 +301,12 @@ def _codec_options(settings: VideoSettings) -> tuple[str, str, dict[str, str], i
         # fastdecode: no deblocking and no CABAC; fixed GOPs of one IDR frame and P frames.
         crf = 23 if settings.crf is None else settings.crf
         params = f"keyint={gop}:min-keyint={gop}:scenecut=0:bframes=0:open-gop=0:threads=1"
-        return "libx264", "yuv420p", {"preset": settings.preset, "tune": "fastdecode", "crf": str(crf), "x264-params": params}, settings.gop  # noqa: E501
+        return (
+            "libx264",
+            "yuv420p",
+            {"preset": settings.preset, "tune": "fastdecode", "crf": str(crf), "x264-params": params},
+            settings.gop,
+        )
     if settings.codec == "vp9":
         # No look-ahead and no hidden alternate reference frames: every packet is one shown frame.
         crf = 33 if settings.crf is None else settings.crf
@@ -282,12 +315,3 @@ def _codec_options(settings: VideoSettings) -> tuple[str, str, dict[str, str], i
         return "libvpx-vp9", "yuv420p", options, settings.gop
     quality = 4 if settings.crf is None else settings.crf
     return "mjpeg", "yuvj420p", {"qmin": str(max(1, quality)), "qmax": str(max(1, quality))}, 1
-
-
-def _refuse_truncated(container, stream: av.VideoStream, decoded: int) -> None:
-    """A file that ends early decodes without an error in many containers; its own header tells."""
-    expected, tolerance = stream.frames, 0.05
-    if not expected and container.duration and stream.average_rate:
-        expected, tolerance = int(container.duration / av.time_base * stream.average_rate), 0.2
-    if expected and expected - decoded > max(2, tolerance * expected):
-        raise VideoError("decode", f"cut off or damaged: {decoded} of {expected} frames could be decoded")

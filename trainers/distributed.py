@@ -61,7 +61,9 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
     if not torch.cuda.is_available():
         raise UserError("device=cuda, but PyTorch finds no CUDA device here; use device=cpu or install a CUDA build")
     if local_rank >= torch.cuda.device_count():
-        raise UserError(f"local rank {local_rank}, but there are {torch.cuda.device_count()} GPUs; start fewer ranks a node")
+        raise UserError(
+            f"local rank {local_rank}, but there are {torch.cuda.device_count()} GPUs; start fewer ranks a node"
+        )
     return torch.device("cuda", local_rank)
 
 

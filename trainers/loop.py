@@ -26,12 +26,19 @@ from ..pipelines.loader import Batch, Loader
 from ..preprocessing.shards import Dataset, write_json
 from . import checkpoint, optimizers, phases
 from .distributed import Ranks, precision, ranks
-from .metrics import Clock, MetricsLog, Meter, console_line
+from .metrics import Clock, Meter, MetricsLog, console_line
 
 log = logging.getLogger(__name__)
 
 # Keys that may change between a run and its resumption: they do not touch what is computed.
-_FREE_KEYS = ("log_every", "checkpoint_every", "keep_checkpoints", "tensorboard", "data.decoder_threads", "data.prefetch")
+_FREE_KEYS = (
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "tensorboard",
+    "data.decoder_threads",
+    "data.prefetch",
+)
 
 
 class Stopped(Exception):
@@ -161,8 +168,12 @@ class _Trainer:
     def evaluate(self, metrics: MetricsLog | None, epoch: int) -> None:
         result = recognition.evaluate(self.phase.modules["recognizer"], self.eval_loader, self.place, self.dtype)
         if metrics:
-            metrics.write("eval", self.step, {"epoch": epoch, "top1": result.top1, "top5": result.top5, "loss": result.loss})
-            self.say(f"epoch {epoch}/{self.config.epochs}  {self.config.data.eval_split}: top-1 {100 * result.top1:.1f} %")
+            metrics.write(
+                "eval", self.step, {"epoch": epoch, "top1": result.top1, "top5": result.top5, "loss": result.loss}
+            )
+            self.say(
+                f"epoch {epoch}/{self.config.epochs}  {self.config.data.eval_split}: top-1 {100 * result.top1:.1f} %"
+            )
 
     def save(self) -> None:
         """A checkpoint of everything that decides the steps to come; each rank's meter is in it."""
@@ -276,7 +287,9 @@ def _locked(run: Path) -> int:
 
 def _adopt(run: Path, config: TrainConfig) -> None:
     if (run / "config.yaml").is_file():
-        changed = [line for line in configs.differences(configs.read_run(run), config) if not line.startswith(_FREE_KEYS)]
+        changed = [
+            line for line in configs.differences(configs.read_run(run), config) if not line.startswith(_FREE_KEYS)
+        ]
         if changed:
             raise UserError(
                 f"{run} was begun with another configuration ({'; '.join(changed[:4])}); choose another --out, "

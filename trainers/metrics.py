@@ -35,7 +35,9 @@ class Meter:
         names = sorted(self._sums)
         if not names:
             return {}
-        sums = dict(zip(names, self._ranks.sum(torch.stack([self._sums[name] for name in names])).tolist(), strict=True))
+        sums = dict(
+            zip(names, self._ranks.sum(torch.stack([self._sums[name] for name in names])).tolist(), strict=True)
+        )
         self._sums = {}
         return {name: sums[name] / sums[f"{name.split('/')[0]}/clips"] for name in names if not name.endswith("/clips")}
 
@@ -56,7 +58,7 @@ class MetricsLog:
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self._board = None
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 (takes a second to import)
+            from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
@@ -110,7 +112,9 @@ def console_line(epoch: int, epochs: int, step: int, total: int, values: dict[st
     """epoch, step, losses, rate, clips/s, data-wait share and time left, in one line."""
     losses = " ".join(
         f"{name.removeprefix('recognizer/').replace('total', 'loss')} {value:.4g}"
-        for name, value in sorted(values.items(), key=lambda item: (not item[0].startswith("recog"), not item[0].endswith("total")))
+        for name, value in sorted(
+            values.items(), key=lambda item: (not item[0].startswith("recog"), not item[0].endswith("total"))
+        )
         if "/" in name
     )
     minutes, seconds = divmod(int(values["eta_s"]), 60)

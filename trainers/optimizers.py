@@ -49,7 +49,9 @@ def _apex_optimizers():
             importlib.import_module("apex")
         except ImportError:
             raise UserError(f"optimizer.backend: NVIDIA Apex is not installed; {hint}") from None
-        raise UserError(f"optimizer.backend: the installed package `apex` is another project of that name; {hint}") from None
+        raise UserError(
+            f"optimizer.backend: the installed package `apex` is another project of that name; {hint}"
+        ) from None
     if not hasattr(optimizers, "FusedSGD"):
         raise UserError(f"optimizer.backend: this Apex was built without its fused optimizers; {hint}")
     return optimizers

@@ -57,7 +57,9 @@ class Phase:
     def _initialize(self, place: str) -> None:
         card = checkpoints.read_card(place)
         if card.classes != self.card.classes:
-            raise UserError(f"init={place} has {len(card.classes)} other classes than the data set; train on the same one")
+            raise UserError(
+                f"init={place} has {len(card.classes)} other classes than the data set; train on the same one"
+            )
         fresh = checkpoints.initialize_from(self.modules["recognizer"], place)
         log.info("started from %s; fresh weights: %s", place, ", ".join(fresh) or "none")
 

@@ -17,7 +17,9 @@ class Representation(Phase):
 
     uses_cvae = True
 
-    def teach(self, batch: Batch, features: Tensor, attention: Tensor, noise: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def teach(
+        self, batch: Batch, features: Tensor, attention: Tensor, noise: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
         """The teacher's reconstruction of these features, and its attention for these clips; none in this phase."""
         return None, None
 

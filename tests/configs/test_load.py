@@ -1,0 +1,102 @@
+import pytest
+from pydantic import ValidationError
+
+from genkd.configs.load import differences, dump, load, presets, read_run
+from genkd.configs.schema import PHASES
+from genkd.errors import UserError
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("preset", ["demo", "small", "ucf101"])
+@pytest.mark.parametrize("phase", PHASES)
+def test_every_preset_is_valid_in_every_phase(preset, phase):
+    assert preset in presets()
+    config = load(preset, phase)
+    assert config.phase == phase
+    assert config.model.temporal == ("top_heavy" if phase == "distill" else "full")
+
+
+def test_the_phase_section_wins_over_the_file_and_overrides_win_over_both(tmp_path):
+    path = write(tmp_path / "c.yaml", "epochs: 7\noptimizer: {lr: 0.5}\nphases: {distill: {epochs: 9}}\n")
+    assert load(path, "teacher").epochs == 7
+    assert load(path, "distill").epochs == 9
+    assert load(path, "distill", ["epochs=11", "optimizer.lr=1e-3"]).epochs == 11
+    assert load(path, "distill", ["optimizer.lr=1e-3"]).optimizer.lr == 0.001
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e-4", 1e-4), ("1E2", 100.0), ("3", 3.0), ("0.5", 0.5), (".5", 0.5), ("-0.0", 0.0)]
+)
+def test_numbers_are_read_as_people_write_them(tmp_path, text, value):
+    path = write(tmp_path / "c.yaml", f"grad_clip: {text}\n")
+    assert load(path, "teacher").grad_clip == value
+
+
+def test_configuration_is_frozen():
+    with pytest.raises(ValidationError, match="frozen"):
+        load("demo", "teacher").epochs = 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["optimiser.lr=1"], ["optimiser", "optimizer", "override"]),
+        (["data.clip_lenght=8"], ["data.clip_lenght", "data.clip_length"]),
+        (["lr=1"], ["'lr'", "optimizer.lr"]),
+        (["epochs=many"], ["epochs", "integer", "many"]),
+        (["epochs=1.5"], ["epochs", "1.5"]),
+        (["epochs=0"], ["epochs", "greater"]),
+        (["data.flip=2"], ["data.flip", "1"]),
+        (["model.width=0.3"], ["width", "1/32"]),
+        (["data.scales=[1.5]"], ["scales"]),
+        (["data.std=[1,0,1]"], ["std"]),
+        (["epochs"], ["key=value"]),
+        (["tensorboard=7"], ["tensorboard", "boolean"]),
+        (["data=3"], ["data", "3"]),
+        (["phase=distill"], ["distill", "teacher"]),
+        (["epochs=[1"], ["YAML"]),
+    ],
+)
+def test_a_wrong_override_is_named_with_its_remedy(overrides, words):
+    with pytest.raises(UserError) as caught:
+        load("demo", "teacher", overrides)
+    for word in words:
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_wrong_file_is_named(tmp_path):
+    path = write(tmp_path / "mine.yaml", "epochz: 3\n")
+    with pytest.raises(UserError, match=r"mine\.yaml.*epochz.*epochs"):
+        load(path, "teacher")
+    path = write(tmp_path / "mine.yaml", "a: [1\nb: 2\n")
+    with pytest.raises(UserError, match=r"mine\.yaml, line \d+.*YAML"):
+        load(path, "teacher")
+    path = write(tmp_path / "mine.yaml", "phases: {destill: {epochs: 3}}\n")
+    with pytest.raises(UserError, match="did you mean 'distill'"):
+        load(path, "teacher")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not a text file"):
+        load(str(tmp_path / "binary.yaml"), "teacher")
+    with pytest.raises(UserError, match=r"no configuration file 'dmo'.*did you mean 'demo'"):
+        load("dmo", "teacher")
+
+
+def test_several_errors_are_told_at_once():
+    with pytest.raises(UserError) as caught:
+        load("demo", "teacher", ["epochs=x", "sed=1"])
+    assert "epochs" in str(caught.value) and "seed" in str(caught.value)
+
+
+def test_a_dumped_configuration_reads_back_the_same(tmp_path):
+    config = load("demo", "distill", ["data.scales=[1.0, 0.5]", "teacher=somewhere"])
+    (tmp_path / "config.yaml").write_text(dump(config), encoding="utf-8")
+    assert read_run(tmp_path) == config
+    assert differences(config, load("demo", "distill", ["teacher=elsewhere"])) == [
+        "data.scales: [1.0, 0.5] -> [1.0, 0.875]",
+        "teacher: somewhere -> elsewhere",
+    ]

@@ -1,0 +1,268 @@
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from genkd.errors import UserError
+from genkd.preprocessing import convert as conversion
+from genkd.preprocessing import sources
+from genkd.preprocessing.convert import convert
+from genkd.preprocessing.shards import Dataset
+from genkd.preprocessing.video import VideoSettings
+
+SETTINGS = VideoSettings("mjpeg", short_side=48)
+
+
+@pytest.fixture(scope="module")
+def plain(
+    videos,
+    tmp_path_factory,
+):
+    """An undisturbed conversion."""
+    out = tmp_path_factory.mktemp("plain") / "data"
+    convert(sources.ucf101(videos), out, SETTINGS, workers=1)
+    return out
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_bytes_do_not_depend_on_the_number_of_workers(videos, plain, tmp_path, workers, content):
+    convert(sources.ucf101(videos), tmp_path / "data", SETTINGS, workers=workers)
+    assert content(tmp_path / "data") == content(plain)
+
+
+def test_the_bytes_do_not_depend_on_where_the_source_is(videos, plain, tmp_path, content):
+    shutil.copytree(videos, tmp_path / "elsewhere" / videos.name)
+    convert(sources.ucf101(tmp_path / "elsewhere" / videos.name), tmp_path / "data", SETTINGS, workers=2)
+    assert content(tmp_path / "data") == content(plain)
+
+
+def test_a_shard_holds_a_mixture_of_classes(plain):
+    table = Dataset.open(plain).table
+    for shard in set(table["shard"].to_pylist()):
+        labels = [row["label"] for row in table.select(["shard", "label"]).to_pylist() if row["shard"] == shard]
+        assert len(labels) < 3 or len(set(labels)) > 1
+
+
+@pytest.fixture(scope="module")
+def slow_plain(videos, tmp_path_factory):
+    """An undisturbed conversion that takes long enough to be disturbed."""
+    out = tmp_path_factory.mktemp("slow") / "data"
+    convert(sources.ucf101(videos), out, VideoSettings("vp9", short_side=128), workers=2)
+    return out
+
+
+def slow_command(videos, out):
+    command = [sys.executable, "-m", "genkd", "shard", "ucf101", videos, out, "--codec", "vp9", "--short-side", "128"]
+    return [str(part) for part in command]
+
+
+def finished_shards(out):
+    return len(list((out / "shards").glob("*.parquet")))
+
+
+def test_many_kills_later_the_bytes_are_the_same(videos, slow_plain, tmp_path, content):
+    out = tmp_path / "data"
+    command = slow_command(videos, out)
+    random = np.random.default_rng(5)
+    kills = 0
+    while not (out / "dataset.json").exists():
+        goal = finished_shards(out) + int(random.integers(1, 4))
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and finished_shards(out) < goal:
+            time.sleep(0.002)
+        time.sleep(random.uniform(0, 0.05))
+        if process.poll() is None:
+            process.kill()
+            kills += 1
+        process.wait()
+    assert kills >= 4
+    subprocess.run(command, check=True, capture_output=True)
+    assert content(out) == content(slow_plain)
+
+
+def test_ctrl_c_keeps_finished_shards_and_says_so(videos, slow_plain, tmp_path, content):
+    out = tmp_path / "data"
+    command = slow_command(videos, out)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while not finished_shards(out) and process.poll() is None:
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the group
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "run the same command to continue" in told and "Traceback" not in told
+    assert finished_shards(out) and not (out / "dataset.json").exists()
+    assert not list(out.glob("**/.*.tmp"))
+    subprocess.run(command, check=True, capture_output=True)
+    assert content(out) == content(slow_plain)
+
+
+def test_a_worker_that_is_killed_ends_the_run_with_a_sentence(videos, tmp_path):
+    out = tmp_path / "data"
+    command = [
+        sys.executable,
+        "-m",
+        "genkd",
+        "shard",
+        "ucf101",
+        str(videos),
+        str(out),
+        "--workers",
+        "2",
+        "--preset",
+        "veryslow",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    children = []
+    while not children and process.poll() is None:
+        listing = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "spawn_main"], capture_output=True, text=True)
+        children = listing.stdout.split() if list((out / "shards").glob(".*.tmp")) else []
+        time.sleep(0.02)
+    os.kill(int(children[0]), signal.SIGKILL)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "worker process was killed" in told and "Traceback" not in told
+
+
+def test_no_worker_outlives_a_killed_parent(videos, tmp_path):
+    out = tmp_path / "data"
+    command = slow_command(videos, out)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    while not list((out / "shards").glob(".*.tmp")) and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        left = subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True, text=True).stdout.split()
+        if not left:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"processes {left} are still there")
+
+
+def test_other_settings_are_refused_and_named(videos, plain):
+    with pytest.raises(UserError, match=r"video\.codec: \"mjpeg\" there, \"vp9\" now"):
+        convert(sources.ucf101(videos), plain, VideoSettings("vp9", short_side=48), workers=0)
+    fewer = sources.SourceList("videos", videos, sources.ucf101(videos).classes, sources.ucf101(videos).videos[:40])
+    with pytest.raises(UserError, match=r"sources\.videos: 50 there, 40 now"):
+        convert(fewer, plain, SETTINGS, workers=0)
+
+
+def test_a_finished_conversion_is_left_as_it_is(videos, plain, content):
+    before = content(plain)
+    summary = convert(sources.ucf101(videos), plain, SETTINGS, workers=1)
+    assert summary.resumed_shards == len(list((plain / "shards").glob("*.tar")))
+    assert content(plain) == before
+
+
+def test_a_folder_with_other_things_in_it_is_refused(videos, tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(UserError, match=r"not empty.*thesis\.tex"):
+        convert(sources.ucf101(videos), tmp_path, SETTINGS, workers=0)
+
+
+def test_two_runs_on_one_output_are_refused(videos, tmp_path):
+    with conversion._locked(tmp_path / "data"), pytest.raises(UserError, match="another run is writing"):
+        convert(sources.ucf101(videos), tmp_path / "data", SETTINGS, workers=0)
+
+
+def bad_videos(root, videos):
+    good = sorted((videos / "UCF-101" / "Bob").iterdir())
+    for name in ("a", "b"):
+        (root / name).mkdir(parents=True)
+    shutil.copy(good[0], root / "a" / "good.avi")
+    shutil.copy(good[1], root / "b" / "two words & (more)!.avi")
+    (root / "a" / "text.mp4").write_text("no video")
+    (root / "b" / "empty.mkv").touch()
+    data = good[2].read_bytes()
+    (root / "b" / "cut.avi").write_bytes(data[: len(data) // 2])
+    return root
+
+
+def test_rejected_sources_are_in_errors_parquet_and_the_rest_is_converted(videos, tmp_path):
+    root = bad_videos(tmp_path / "root", videos)
+    summary = convert(sources.folder(root), tmp_path / "data", SETTINGS, workers=2)
+    rows = {row["path"]: row for row in pq.read_table(tmp_path / "data" / "errors.parquet").to_pylist()}
+    assert set(rows) == {"a/text.mp4", "b/empty.mkv", "b/cut.avi"} == {entry.path for entry in summary.rejected}
+    assert rows["b/empty.mkv"]["stage"] == "open" and "empty" in rows["b/empty.mkv"]["reason"]
+    assert rows["b/cut.avi"]["stage"] == "decode"
+    assert Dataset.open(tmp_path / "data").table["key"].to_pylist() == ["a/good", "b/two words & (more)!"]
+
+
+def test_on_error_fail_stops_at_the_first_bad_source(videos, tmp_path):
+    root = bad_videos(tmp_path / "root", videos)
+    with pytest.raises(UserError, match=r"(text\.mp4|empty\.mkv|cut\.avi): (open|decode): "):
+        convert(sources.folder(root), tmp_path / "data", SETTINGS, workers=2, on_error="fail")
+
+
+def test_a_source_of_bad_videos_alone_is_refused(tmp_path):
+    (tmp_path / "root" / "a").mkdir(parents=True)
+    (tmp_path / "root" / "a" / "x.mp4").write_text("no video")
+    with pytest.raises(UserError, match=r"none of the 1 videos.*a/x\.mp4.*errors\.parquet"):
+        convert(sources.folder(tmp_path / "root"), tmp_path / "data", SETTINGS, workers=0)
+    assert pq.read_table(tmp_path / "data" / "errors.parquet").num_rows == 1
+
+
+def test_an_unused_class_is_named(videos, tmp_path):
+    root = bad_videos(tmp_path / "root", videos)
+    (root / "a" / "good.avi").unlink()
+    assert convert(sources.folder(root), tmp_path / "data", SETTINGS, workers=0).unused_classes == ["a"]
+
+
+def _convert_as_nobody(root, out, queue):
+    os.setgroups([])
+    os.setuid(65534)
+    try:
+        queue.put([(r.path, r.reason) for r in convert(sources.folder(root), out, SETTINGS, workers=0).rejected])
+    except BaseException as error:
+        queue.put(repr(error))
+
+
+def test_a_file_without_permission_is_rejected_with_that_reason(videos, tmp_path):
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to become a user who may not read a file")
+    root = bad_videos(tmp_path / "root", videos)
+    (root / "a" / "text.mp4").unlink()
+    shutil.copy(root / "a" / "good.avi", root / "a" / "secret.avi")
+    (root / "a" / "secret.avi").chmod(0)
+    (tmp_path / "out").mkdir(mode=0o777)
+    for folder in (tmp_path / "out", tmp_path, tmp_path.parent, tmp_path.parent.parent):
+        folder.chmod(0o777)
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    process = context.Process(target=_convert_as_nobody, args=(root, tmp_path / "out", queue))
+    process.start()
+    rejected = queue.get(timeout=60)
+    process.join()
+    assert ("a/secret.avi", "no permission to read the file") in rejected
+
+
+def test_a_full_disk_gives_one_sentence_and_a_clean_resume(videos, plain, small_disk, tmp_path, genkd, content):
+    disk = small_disk("300k")
+    command = ["shard", "ucf101", videos, disk / "data", "--codec", "mjpeg", "--short-side", 48]
+    told = genkd(*command, check=False)
+    assert told.returncode == 1
+    assert "no space left" in told.stderr and "run the same command again" in told.stderr
+    assert "Traceback" not in told.stderr
+    assert not (disk / "data" / "dataset.json").exists() and not list(disk.glob("data/**/.*.tmp"))
+    subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
+    genkd(*command)
+    assert content(disk / "data") == content(plain)
+
+
+def test_the_summary_is_json_on_demand(videos, tmp_path, genkd):
+    root = bad_videos(tmp_path / "root", videos)
+    done = genkd("shard", "folder", root, tmp_path / "data", "--codec", "mjpeg", "--short-side", 48, "--json")
+    summary = json.loads(done.stdout)
+    assert summary["splits"]["train"]["videos"] == 2
+    assert {entry["path"] for entry in summary["rejections"]} == {"a/text.mp4", "b/empty.mkv", "b/cut.avi"}

@@ -1,0 +1,93 @@
+import json
+import shutil
+
+import pyarrow as pa
+import pytest
+
+from genkd.preprocessing.inspection import inspect
+from genkd.preprocessing.shards import Dataset, write_arrow
+from genkd.preprocessing.verify import verify
+
+
+@pytest.fixture
+def copy(data, tmp_path):
+    shutil.copytree(data.path, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+@pytest.mark.parametrize("codec", ["h264", "vp9", "mjpeg"])
+def test_a_fresh_data_set_is_sound(shard_sets, codec):
+    seen = []
+    assert verify(shard_sets(codec).path, workers=0, on_videos=seen.append) == []
+    assert sum(seen) == 50
+
+
+def test_one_changed_byte_is_found_and_named(copy):
+    video = Dataset.open(copy).video(7)
+    path = copy / "shards" / video.shard
+    data = bytearray(path.read_bytes())
+    data[video.offset + video.size - 10] ^= 1
+    path.write_bytes(data)
+    problems = verify(copy, workers=2)
+    assert [(p.file, p.key) for p in problems] == [(video.shard, video.key)]
+    assert "checksum" in problems[0].what
+
+
+def test_missing_and_cut_shards_are_found(copy):
+    names = sorted(path.name for path in (copy / "shards").glob("*.tar"))
+    (copy / "shards" / names[0]).unlink()
+    path = copy / "shards" / names[1]
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert {p.file for p in verify(copy, workers=0)} == set(names[:2])
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "words"),
+    [
+        ("gop_frames", [0, 8, 16, 24, 33, 40], "GOP 3 holds 8 frames, the index says 9"),
+        ("num_frames", 41, "frame numbers"),
+        ("gop_offsets", [1, 2, 3, 4, 5, 6], "GOP table"),
+        ("width", 66, "is not 66x48"),
+        ("offset", 1024, "no such member"),
+    ],
+)
+def test_a_wrong_index_entry_is_found(copy, column, value, words):
+    dataset = Dataset.open(copy)
+    values = dataset.table[column].to_pylist()
+    values[3] = value
+    number = dataset.table.column_names.index(column)
+    table = dataset.table.set_column(number, column, pa.array(values, dataset.table.schema.field(column).type))
+    write_arrow(copy / "index.arrow", table, dataset.info["index_digest"])
+    problems = verify(copy, workers=0)
+    assert [p.key for p in problems] == [dataset.table["key"][3].as_py()]
+    assert words in problems[0].what
+
+
+def test_another_index_than_described_is_found(copy):
+    info = json.loads((copy / "dataset.json").read_text())
+    info["splits"]["train"]["videos"] = 11
+    (copy / "dataset.json").write_text(json.dumps(info))
+    with open(copy / "index.parquet", "ab") as file:
+        file.write(b" ")
+    assert {p.file for p in verify(copy, workers=0)} == {"dataset.json", "index.parquet"}
+
+
+def test_inspect_counts(data):
+    found = inspect(data.path)
+    assert found["codecs"] == {"vp9": 50}
+    assert found["classes"]["Bob"] == {"test": 4, "train": 1}
+    assert found["duration_s"] == {"min": 1.6, "median": 1.6, "max": 1.6}
+    assert found["gop_frames"] == {"min": 8.0, "median": 8.0, "max": 8.0}
+    assert found["rejected"] == {}
+
+
+def test_verify_and_inspect_from_the_command_line(copy, genkd):
+    assert "sound" in genkd("verify", copy).stdout
+    assert json.loads(genkd("verify", copy, "--json").stdout) == []
+    assert json.loads(genkd("inspect", copy, "--json").stdout)["splits"]["test"]["videos"] == 40
+    assert "Bob" in genkd("inspect", copy).stdout
+    next((copy / "shards").glob("*.tar")).unlink()
+    broken = genkd("verify", copy, check=False)
+    assert broken.returncode == 1 and "problems" in broken.stdout
+    nothing = genkd("inspect", copy / "shards", check=False)
+    assert nothing.returncode == 1 and "no genkd data set" in nothing.stderr
