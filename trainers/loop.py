@@ -59,15 +59,17 @@ def train(config: TrainConfig, run: Path, say: Callable[[str], None] = print) ->
     dataset = Dataset.open(config.data.dataset)
     with ranks(config.device) as place:
         torch.set_float32_matmul_precision("high")
+        # Whatever is wrong with the input shows here, before the run folder is touched.
         phase = phases.build(config, tuple(dataset.classes))
-        with _run_folder(run, config, place) as finished:
-            if finished is not None:
-                say(f"{run} is finished; remove it to train again")
-                return finished
-            try:
-                return _Trainer(config, run, dataset, phase, place, say).fit()
-            except OSError as error:
-                raise UserError(explain_os_error(error, f"writing {run}")) from None
+        with contextlib.closing(_Trainer(config, run, dataset, phase, place, say)) as trainer:
+            with _run_folder(run, config, place) as finished:
+                if finished is not None:
+                    say(f"{run} is finished; remove it to train again")
+                    return finished
+                try:
+                    return trainer.fit()
+                except OSError as error:
+                    raise UserError(explain_os_error(error, f"writing {run}")) from None
 
 
 class _Trainer:
@@ -94,6 +96,7 @@ class _Trainer:
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=self.dtype == torch.float16)
         self.meter = Meter(place)
         self.step = 0
+        self.unevaluated = 0
         self.total_steps = config.epochs * len(self.loader)
         self._since: dict[str, float] = {"clips": 0, "wait_s": 0.0}
 
@@ -101,8 +104,10 @@ class _Trainer:
         """Trains to the last epoch and writes weights and result.json."""
         config, loader = self.config, self.loader
         self.resume()
-        with self._closing(), _stop_signals() as stop, self._metrics() as metrics:
+        with _stop_signals() as stop, self._metrics() as metrics:
             self.clock = Clock(self.step, self.total_steps)
+            if self.unevaluated:
+                self.evaluate(metrics, self.unevaluated)
             while loader.epoch < config.epochs:
                 epoch = loader.epoch + 1
                 self.phase.train()
@@ -111,14 +116,14 @@ class _Trainer:
                     if self.step % config.log_every == 0 or loader.batch == 0:
                         self.log(metrics, epoch)
                     if self._stops(stop):
-                        self.save()
+                        self.save(evaluated=epoch - 1)
                         code = 0 if stop.number == signal.SIGTERM else 130
                         raise Stopped(f"stopped at step {self.step} of {self.total_steps}, state saved", code)
                     if self.step % config.checkpoint_every == 0 and loader.batch:
-                        self.save()
-                if self.eval_loader and (epoch % config.eval_every == 0 or epoch == config.epochs):
+                        self.save(evaluated=epoch - 1)
+                if self._evaluates(epoch):
                     self.evaluate(metrics, epoch)
-                self.save()
+                self.save(evaluated=epoch)
             return self.finish()
 
     def step_on(self, batch: Batch, epoch: int) -> None:
@@ -175,8 +180,8 @@ class _Trainer:
                 f"epoch {epoch}/{self.config.epochs}  {self.config.data.eval_split}: top-1 {100 * result.top1:.1f} %"
             )
 
-    def save(self) -> None:
-        """A checkpoint of everything that decides the steps to come; each rank's meter is in it."""
+    def save(self, evaluated: int) -> None:
+        """A checkpoint of everything that decides the steps to come; evaluated: epochs evaluated so far."""
         meters = self.place.gather({name: value.cpu() for name, value in self.meter.state_dict().items()})
         if not self.place.is_main:
             return
@@ -187,6 +192,7 @@ class _Trainer:
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "scaler": self.scaler.state_dict(),
             "meters": meters,
+            "evaluated": evaluated,
         }
         checkpoint.save(self.run / "checkpoints", self.step, state, self.config.keep_checkpoints)
 
@@ -205,6 +211,9 @@ class _Trainer:
         if len(state["meters"]) == self.place.world_size:
             self.meter.load_state_dict(state["meters"][self.place.rank])
         self.step = state["step"]
+        # A run that was stopped in an epoch's last step has not evaluated that epoch.
+        if state["evaluated"] < self.loader.epoch and self._evaluates(self.loader.epoch):
+            self.unevaluated = self.loader.epoch
         if self.place.is_main:
             self.say(f"continuing {self.run} from step {self.step} of {self.total_steps}")
 
@@ -245,14 +254,15 @@ class _Trainer:
         finally:
             metrics.close()
 
-    @contextlib.contextmanager
-    def _closing(self) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            self.loader.close()
-            if self.eval_loader:
-                self.eval_loader.close()
+    def close(self) -> None:
+        """Ends the loaders' threads."""
+        self.loader.close()
+        if self.eval_loader:
+            self.eval_loader.close()
+
+    def _evaluates(self, epoch: int) -> bool:
+        every, last = self.config.eval_every, self.config.epochs
+        return self.eval_loader is not None and (epoch % every == 0 or epoch == last)
 
 
 @contextlib.contextmanager
@@ -286,7 +296,8 @@ def _locked(run: Path) -> int:
 
 
 def _adopt(run: Path, config: TrainConfig) -> None:
-    if (run / "config.yaml").is_file():
+    begun = (run / "metrics.jsonl").is_file() or (run / "checkpoints").is_dir()
+    if begun and (run / "config.yaml").is_file():
         changed = [
             line for line in configs.differences(configs.read_run(run), config) if not line.startswith(_FREE_KEYS)
         ]
@@ -296,7 +307,7 @@ def _adopt(run: Path, config: TrainConfig) -> None:
                 "or use the same configuration to continue it"
             )
         return
-    strangers = [entry.name for entry in run.iterdir() if entry.name != ".lock"]
+    strangers = [entry.name for entry in run.iterdir() if entry.name not in (".lock", "config.yaml")]
     if strangers:
         raise UserError(f"{run} is not empty and holds no training run (found {strangers[0]!r}); choose another --out")
     (run / "config.yaml").write_text(configs.dump(config), encoding="utf-8")

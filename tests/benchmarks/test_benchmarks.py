@@ -1,0 +1,38 @@
+import json
+
+import pytest
+
+from genkd.benchmarks import loader, run_benchmark, shard
+from genkd.benchmarks.common import compare
+
+
+def test_contenders_take_turns_and_are_compared_with_the_first():
+    calls = []
+
+    def contender(name, rates):
+        def measure():
+            calls.append(name)
+            return rates.pop(0), {"note": name}
+
+        return measure
+
+    result = compare("x", "things/s", {"a": contender("a", [1.0, 2, 3]), "b": contender("b", [4.0, 6, 5])}, 3, {})
+    assert calls == ["a", "b"] * 3
+    assert [(row["median"], row["ratio"]) for row in result["rows"]] == [(2, 1), (5, 2.5)]
+    assert result["machine"]["cores"] >= 1 and result["versions"]["torch"]
+    json.dumps(result)
+
+
+def test_loader_and_shard_benchmarks_measure_all_contenders(data, videos):
+    result = loader.run(data.path, 1)
+    assert [row["name"] for row in result["rows"]] == ["DataLoader + PyAV", "genkd (auto)", "genkd (pyav)"]
+    assert all(row["median"] > 0 for row in result["rows"])
+    result = shard.run(videos / "UCF-101", 1)
+    frames = {row["extra"]["frames"] for row in result["rows"]}
+    assert frames == {2000} and len(result["rows"]) >= 2
+
+
+@pytest.mark.slow
+def test_train_benchmark():
+    result = run_benchmark("train", None, 1)
+    assert len(result["rows"]) == 4

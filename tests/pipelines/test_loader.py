@@ -1,0 +1,223 @@
+import gc
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from genkd.configs.schema import DataConfig
+from genkd.errors import UserError
+from genkd.pipelines.loader import Loader
+from genkd.pipelines.store import ClipStore, decode_rgb
+from genkd.preprocessing.shards import Corrupt, Dataset
+
+CONFIG = DataConfig(clip_length=8, stride=2, size=32, scales=(1.0, 0.75))
+
+
+def loader(dataset, split="train", training=True, batch_size=4, config=CONFIG, **options):
+    return Loader(dataset, split, config, batch_size=batch_size, training=training, **options)
+
+
+def ids(batches):
+    return [batch.ids[: batch.count].tolist() for batch in batches]
+
+
+@pytest.mark.parametrize("codec", ["h264", "vp9", "mjpeg"])
+def test_batches_have_the_promised_form(shard_sets, codec):
+    with loader(shard_sets(codec)) as batches:
+        assert batches.decoder == ("pyav" if codec == "h264" else "dali")
+        got = list(batches)
+    assert [batch.count for batch in got] == [4, 4, 2] and [batch.total for batch in got] == [4, 4, 2]
+    clips = got[0].clips
+    assert clips.shape == (4, 3, 8, 32, 32) and clips.dtype == torch.float32
+    assert clips.is_contiguous(memory_format=torch.channels_last_3d)
+    assert got[0].labels.tolist() == shard_sets(codec).labels[got[0].ids].tolist()
+
+
+@pytest.mark.parametrize("codec", ["vp9", "mjpeg"])
+@pytest.mark.parametrize("training", [True, False])
+def test_dali_and_pyav_give_the_same_clips(shard_sets, codec, training):
+    """Same frames, crops and flips; their colour conversions differ by a few of 255 levels."""
+    stacks = {}
+    for decoder in ("dali", "pyav"):
+        config = CONFIG.model_copy(update={"decoder": decoder})
+        with loader(shard_sets(codec), training=training, config=config) as batches:
+            stacks[decoder] = torch.cat([batch.clips for batch in batches])
+    difference = (stacks["dali"] - stacks["pyav"]).abs() * 255 * 0.226
+    assert difference.mean() < 3 and difference.quantile(0.99) < 12
+
+
+def test_pixels_are_the_planned_ones(shard_sets):
+    """One clip by hand: decode with PyAV, crop, mirror and normalize with numpy, no resize needed."""
+    dataset = shard_sets("mjpeg")
+    config = DataConfig(clip_length=8, stride=2, size=48, scales=(1.0,), decoder="pyav", flip=1.0)
+    with loader(dataset, config=config, batch_size=1) as batches:
+        batch = next(iter(batches))
+        sample = batches.sample(0, 0)
+    video = dataset.video(sample.row)
+    data, base = ClipStore(dataset).read(video, 0, video.num_frames - 1)
+    top, left, bottom, right = sample.crop
+    frames = decode_rgb(data, sample.frames - base)[:, top:bottom, left:right][:, :, ::-1]
+    want = (frames / 255 - np.array(config.mean)) / np.array(config.std)
+    np.testing.assert_allclose(batch.clips[0].permute(1, 2, 3, 0).numpy(), want, atol=1e-4)
+
+
+def test_every_video_once_an_epoch_in_another_order_each_time(data):
+    with loader(data, batch_size=3) as batches:
+        first, second = ids(batches), ids(batches)
+    for epoch in (first, second):
+        assert sorted(sum(epoch, [])) == data.rows("train").tolist()
+    assert first != second
+    with loader(data, batch_size=3, seed=1) as other:
+        assert ids(other) != first
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("training", [True, False])
+def test_ranks_see_the_global_batches_between_them(data, world_size, training):
+    with loader(data, batch_size=4, training=training) as alone:
+        want = list(alone)
+    parts = []
+    for rank in range(world_size):
+        with loader(data, batch_size=4, training=training, rank=rank, world_size=world_size) as batches:
+            parts.append(list(batches))
+    for number, whole in enumerate(want):
+        shares = [part[number] for part in parts]
+        assert sum([share.ids[: share.count].tolist() for share in shares], []) == whole.ids.tolist()
+        torch.testing.assert_close(torch.cat([share.clips[: share.count] for share in shares]), whole.clips)
+        assert all(len(share.clips) >= 1 and share.total == whole.total for share in shares)
+
+
+def test_state_is_json_and_resumes_exactly_on_any_number_of_ranks(data):
+    with loader(data, batch_size=3) as batches:
+        full = ids(batches) + ids(batches)
+    with loader(data, batch_size=3) as batches:
+        for number, _ in enumerate(batches):
+            if number == 1:
+                break
+        state = json.loads(json.dumps(batches.state_dict()))
+    assert state == {"epoch": 0, "batch": 2}
+    rest: list[list[int]] = [[] for _ in full[2:]]
+    for rank in range(2):
+        with loader(data, batch_size=3, rank=rank, world_size=2) as batches:
+            batches.load_state_dict(state)
+            for number, part in enumerate(ids(batches) + ids(batches)):
+                rest[number] += part
+    assert rest == full[2:]
+
+
+def test_restoring_in_the_middle_of_iteration_goes_back(data):
+    with loader(data, batch_size=3) as batches:
+        first = ids(batches)
+        batches.load_state_dict({"epoch": 0, "batch": 1})
+        assert ids(batches) == first[1:]
+
+
+def test_evaluation_gives_every_view_once_and_again(data):
+    with loader(data, "test", training=False, batch_size=7, views=(2, 3)) as batches:
+        for _ in range(2):
+            seen = sum(ids(batches), [])
+            assert seen == np.repeat(data.rows("test"), 6).tolist()
+
+
+def test_chosen_rows_only(data):
+    with loader(data, "", training=False, rows=data.rows("test")[3:5]) as batches:
+        assert ids(batches) == [data.rows("test")[3:5].tolist()]
+
+
+def test_replayed_epochs_give_the_same_pixels(data):
+    stacks = []
+    for threads in (1, 4):
+        config = CONFIG.model_copy(update={"decoder_threads": threads, "prefetch": threads})
+        with loader(data, config=config) as batches:
+            stacks.append(torch.cat([batch.clips for batch in batches]))
+    assert torch.equal(*stacks)
+
+
+@pytest.fixture
+def spoiled(shard_sets, tmp_path):
+    """codec -> a copy of the data set in which one training video's payload is noise, and that row."""
+
+    def make(codec):
+        shutil.copytree(shard_sets(codec).path, tmp_path / codec)
+        dataset = Dataset.open(tmp_path / codec)
+        video = dataset.video(int(dataset.rows("train")[4]))
+        path = dataset.path / "shards" / video.shard
+        content = bytearray(path.read_bytes())
+        noise = np.random.default_rng(0).integers(0, 256, video.size - video.header_size - 200, np.uint8).tobytes()
+        content[video.offset + video.header_size + 200 : video.offset + video.size] = noise
+        path.write_bytes(content)
+        return dataset, video
+
+    return make
+
+
+@pytest.mark.parametrize("codec", ["h264", "vp9"])
+def test_a_corrupt_payload_stops_the_run_with_key_and_shard(spoiled, codec):
+    dataset, video = spoiled(codec)
+    with loader(dataset) as batches, pytest.raises(Corrupt) as caught:
+        list(batches)
+    assert video.key in str(caught.value) and video.shard in str(caught.value)
+    assert "data.on_error=replace" in str(caught.value)
+
+
+@pytest.mark.parametrize("codec", ["h264", "vp9"])
+def test_a_corrupt_payload_is_replaced_by_its_neighbour_on_demand(spoiled, codec, caplog):
+    dataset, video = spoiled(codec)
+    config = CONFIG.model_copy(update={"on_error": "replace"})
+    with loader(dataset, config=config) as batches:
+        order = [batches.sample(0, position).row for position in range(10)]
+        got = sum(ids(batches), [])
+        assert batches.stats.replaced >= 1
+    place = order.index(video.row)
+    want = [*order]
+    want[place] = order[(place + 1) % 10]
+    assert got == want
+    assert video.key in caplog.text
+
+
+def test_bad_requests_are_refused_before_work(data, shard_sets, tmp_path):
+    with pytest.raises(UserError, match="no videos in a split 'val'"):
+        loader(data, "val")
+    with pytest.raises(UserError, match="less than one clip"):
+        loader(data, batch_size=2, rank=0, world_size=3)
+    with pytest.raises(UserError, match=r"does not decode h264 on cpu.*pyav"):
+        loader(shard_sets("h264"), config=CONFIG.model_copy(update={"decoder": "dali"}))
+    shutil.copytree(data.path, tmp_path / "copy")
+    next((tmp_path / "copy" / "shards").glob("train-*.tar")).unlink()
+    with pytest.raises(UserError, match=r"lacks 1 of its shards, e\.g\. train-"):
+        loader(Dataset.open(tmp_path / "copy"))
+
+
+def test_closing_ends_threads(data):
+    def threads():
+        gc.collect()
+        return len(os.listdir("/proc/self/task"))
+
+    with loader(data) as batches:
+        next(iter(batches))
+    before = threads()
+    for _ in range(10):
+        with loader(data) as batches:
+            next(iter(batches))
+    del batches
+    assert threads() <= before + 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("training", [True, False])
+def test_nvdec_decodes_gop_slices_as_the_cpu_does(videos, tmp_path, training):
+    from genkd.preprocessing import sources
+    from genkd.preprocessing.convert import convert
+    from genkd.preprocessing.video import VideoSettings
+
+    convert(sources.ucf101(videos), tmp_path / "data", VideoSettings("h264", short_side=144, gop=8), workers=2)
+    dataset = Dataset.open(tmp_path / "data")
+    stacks = {}
+    for device in ("cuda", "cpu"):
+        with loader(dataset, training=training, device=device) as batches:
+            assert batches.decoder == ("dali" if device == "cuda" else "pyav")
+            stacks[device] = torch.cat([batch.clips.cpu() for batch in batches])
+    assert ((stacks["cuda"] - stacks["cpu"]).abs() * 255 * 0.226).mean() < 3

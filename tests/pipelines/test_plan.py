@@ -1,0 +1,107 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from genkd.configs.schema import DataConfig
+from genkd.pipelines import plan
+
+CONFIG = DataConfig(clip_length=8, stride=2, size=32)
+
+
+@given(st.integers(1, 300), st.integers(1, 70), st.integers(1, 9))
+@settings(max_examples=200, deadline=None)
+def test_every_position_belongs_to_one_rank_and_ranks_share_evenly(count, batch_size, world_size):
+    seen = []
+    for batch in range(plan.batches_per_epoch(count, batch_size)):
+        shares = [plan.rank_positions(batch, batch_size, count, rank, world_size) for rank in range(world_size)]
+        sizes = [len(positions) for positions, _ in shares]
+        assert max(sizes) - min(sizes) <= 1
+        assert {total for _, total in shares} == {sum(sizes)}
+        # In rank order the slices make up the global batch, whatever the number of ranks.
+        together = [position for positions, _ in shares for position in positions]
+        assert together == list(range(batch * batch_size, min(count, (batch + 1) * batch_size)))
+        seen += together
+    assert seen == list(range(count))
+
+
+@given(st.integers(1, 500), st.integers(0, 2**31 - 1), st.integers(0, 10_000))
+@settings(max_examples=50, deadline=None)
+def test_an_epochs_order_is_a_permutation_of_its_own(count, seed, epoch):
+    order = plan.epoch_order(count, seed, epoch)
+    assert sorted(order) == list(range(count))
+    np.testing.assert_array_equal(order, plan.epoch_order(count, seed, epoch))
+    if count > 20:
+        assert not np.array_equal(order, plan.epoch_order(count, seed, epoch + 1))
+        assert not np.array_equal(order, plan.epoch_order(count, seed + 1, epoch))
+
+
+def test_an_epochs_order_never_changes():
+    """Numbers from numpy's own Philox; another order would make old checkpoints resume on other samples."""
+    generator = np.random.Generator(np.random.Philox(key=[7, 3], counter=[0, 0, 0, 0]))
+    np.testing.assert_array_equal(plan.epoch_order(10, 7, 3), generator.permutation(10))
+
+
+@given(st.integers(1, 100), st.integers(16, 400), st.integers(16, 400), st.integers(0, 50))
+@settings(max_examples=200, deadline=None)
+def test_training_draws_stay_inside_the_video(frames, width, height, row):
+    sample = plan.train_sample(CONFIG, 0, 1, row, frames, width, height)
+    top, left, bottom, right = sample.crop
+    assert 0 <= top < bottom <= height and 0 <= left < right <= width
+    assert sample.frames.shape == (8,) and sample.frames.min() >= 0 and sample.frames.max() < frames
+    again = plan.train_sample(CONFIG, 0, 1, row, frames, width, height)
+    assert again.crop == sample.crop and again.flip == sample.flip
+    if frames >= 15:
+        assert set(np.diff(sample.frames)) == {2}
+
+
+def test_draws_differ_between_rows_and_epochs_and_cover_all_windows():
+    starts = {plan.train_sample(CONFIG, 0, epoch, 5, 20, 64, 48).frames[0] for epoch in range(100)}
+    assert starts == set(range(6))
+    flips = [plan.train_sample(CONFIG, 0, 0, row, 20, 64, 48).flip for row in range(400)]
+    assert 150 < sum(flips) < 250
+
+
+def test_a_short_video_is_played_in_a_loop():
+    np.testing.assert_array_equal(plan.window(3, 5, CONFIG), [3, 0, 2, 4, 1, 3, 0, 2])
+
+
+def test_crop_sides_are_scales_of_the_short_side_at_most_one_step_apart():
+    """TSN's multi-scale crop on 340x256: sides 256, 224, 192, 168, rounded to 169 here (0.66 x 256)."""
+    random = np.random.default_rng(0)
+    sizes = set()
+    for _ in range(500):
+        top, left, bottom, right = plan.multi_scale_crop(random, 340, 256, (1, 0.875, 0.75, 0.66), 1, "random")
+        sizes.add((right - left, bottom - top))
+    sides = [256, 224, 192, 169]
+    assert sizes == {(a, b) for i, a in enumerate(sides) for j, b in enumerate(sides) if abs(i - j) <= 1}
+
+
+def test_corner_crops_are_the_corners_and_the_centre():
+    random = np.random.default_rng(0)
+    places = {plan.multi_scale_crop(random, 100, 80, (0.5,), 0, "corners")[:2] for _ in range(200)}
+    assert places == {(0, 0), (0, 60), (40, 0), (40, 60), (20, 30)}
+
+
+@pytest.mark.parametrize(
+    ("frames", "clips", "starts"), [(115, 1, [50]), (115, 2, [25, 75]), (115, 4, [12, 38, 62, 88]), (10, 3, [0, 0, 0])]
+)
+def test_evaluation_windows_are_spread_evenly(frames, clips, starts):
+    samples = plan.eval_samples(CONFIG, 0, frames, 64, 48, clips, 1)
+    assert [int(sample.frames[0]) for sample in samples] == starts
+    assert not any(sample.flip for sample in samples)
+
+
+def test_three_crops_are_the_ends_and_the_centre_of_the_long_side():
+    assert plan.square_crops(100, 60, 3) == [(0, 0, 60, 60), (0, 20, 60, 80), (0, 40, 60, 100)]
+    assert plan.square_crops(60, 100, 3) == [(0, 0, 60, 60), (20, 0, 80, 60), (40, 0, 100, 60)]
+    assert plan.square_crops(100, 60, 1) == [(0, 20, 60, 80)]
+
+
+def test_noise_belongs_to_the_sample_not_to_the_batch():
+    together = plan.noise(1, 2, [5, 9, 7], (4, 3))
+    assert together.shape == (3, 4, 3) and together.dtype == np.float32
+    np.testing.assert_array_equal(plan.noise(1, 2, [9], (4, 3))[0], together[1])
+    assert not np.array_equal(plan.noise(1, 3, [9], (4, 3))[0], together[1])
+    many = plan.noise(1, 2, range(500), (10, 10))
+    assert abs(many.mean()) < 0.02 and abs(many.std() - 1) < 0.02

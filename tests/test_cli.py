@@ -1,0 +1,72 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [[], ["synth"], ["shard"], ["shard", "folder"], ["shard", "ucf101"], ["inspect"], ["verify"], ["train"],
+     ["evaluate"], ["evaluate", "recognition"], ["demo"], ["report"], ["bench"], ["doctor"]],
+)  # fmt: skip
+def test_every_verb_has_help(verb):
+    from click.testing import CliRunner
+
+    from genkd.cli import main
+
+    result = CliRunner().invoke(main, [*verb, "--help"])
+    assert result.exit_code == 0
+    if verb and verb not in (["shard"], ["evaluate"], ["doctor"]):
+        assert f"genkd {' '.join(verb)}" in result.output.split("Examples:")[1]
+
+
+def test_from_videos_to_a_distilled_student_on_the_command_line(genkd, tmp_path):
+    genkd("synth", "videos", "--videos-per-class", 5, "--seconds", 1, "--size", "64x48", "--test-share", 0.5)
+    done = genkd("shard", "ucf101", "videos", "data", "--codec", "vp9", "--short-side", 48)
+    assert "videos test 40, train 10; 10 classes" in done.stdout
+    small = ["data.dataset=data", "data.clip_length=16", "data.size=32", "epochs=1", "batch_size=5"]
+    genkd("train", "teacher", "--config", "demo", "--out", "runs/teacher", *small)
+    genkd("train", "representation", "--config", "demo", "--out", "runs/rep", *small, "init=runs/teacher")
+    done = genkd("train", "distill", "--config", "demo", "--out", "runs/student", *small, "teacher=runs/rep")
+    assert "ETA" in done.stdout and "finished; weights are in" in done.stdout
+    assert list((tmp_path / "runs" / "student" / "tensorboard").iterdir())
+    evaluate = ["evaluate", "recognition", "runs/student", "--data", "data", "--clips", 1]
+    assert "top-1" in genkd(*evaluate, "--out", "runs/student/evaluation").stdout
+    assert json.loads(genkd(*evaluate, "--json").stdout)["videos"] == 40
+    genkd("report", "runs/student")
+    assert "<svg" in (tmp_path / "runs" / "student" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "teacher", "--config", "demo", "--out", "x", "epochz=3"], "did you mean 'epochs'"),
+        (["train", "teacher", "--config", "nope.yaml", "--out", "x"], "no configuration file 'nope.yaml'"),
+        (["train", "teacher", "--config", "demo", "--out", "x"], "is no genkd data set"),
+        (["shard", "folder", "nowhere", "out"], "there is no folder"),
+        (["shard", "folder", ".", "out", "--codec", "gif"], "h264, vp9, mjpeg"),
+        (["inspect", "."], "no dataset.json"),
+        (["verify", "."], "no dataset.json"),
+        (["synth", "out", "--size", "big"], "WIDTHxHEIGHT"),
+        (["evaluate", "recognition", "none", "--data", "."], "neither a training run"),
+        (["report", "."], "no training run"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_1(genkd, tmp_path, arguments, words):
+    (tmp_path / "class").mkdir()
+    (tmp_path / "class" / "video.mp4").touch()
+    done = genkd(*arguments, check=False)
+    assert done.returncode == 1, done.stderr
+    assert words in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "x").exists() and not (tmp_path / "out" / "dataset.json").exists()
+
+
+def test_doctor_decodes_a_clip(genkd):
+    findings = {entry["what"]: entry for entry in json.loads(genkd("doctor", "--json").stdout)}
+    assert findings["one clip"]["ok"] and findings["encoders"]["ok"]
+
+
+def test_version_and_module_entry_point():
+    done = subprocess.run([sys.executable, "-m", "genkd", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("0.1.0")

@@ -1,0 +1,284 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from genkd.configs.load import load
+from genkd.errors import UserError
+from genkd.models import checkpoints
+from genkd.trainers import metrics
+from genkd.trainers.loop import train
+
+# 10 training videos, 3 steps an epoch.
+TINY = """
+epochs: 2
+batch_size: 4
+log_every: 1
+checkpoint_every: 1
+tensorboard: false
+precision: fp32
+data: {clip_length: 16, size: 32, scales: [1.0, 0.875]}
+model: {width: 0.25, bn_momentum: 0.1}
+optimizer: {name: adamw, lr: 0.001}
+phases: {distill: {model: {temporal: top_heavy}}}
+"""
+_SPEED = ("clips_per_s", "data_wait", "eta_s")
+
+
+@pytest.fixture
+def tiny(tmp_path, data):
+    """A function: phase, overrides -> configuration on the synthetic data set."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+
+    def make(phase, *overrides):
+        return load(str(path), phase, [f"data.dataset={data.path}", *overrides])
+
+    make.path = path
+    return make
+
+
+def quiet(text):
+    pass
+
+
+def losses(run):
+    """metrics.jsonl without what depends on the machine's speed."""
+    return [{key: value for key, value in line.items() if key not in _SPEED} for line in metrics.read(run)]
+
+
+def test_all_phases_follow_each_other(tiny, tmp_path):
+    said = []
+    train(tiny("teacher"), tmp_path / "teacher", said.append)
+    train(tiny("representation", f"init={tmp_path / 'teacher'}"), tmp_path / "rep", quiet)
+    train(tiny("distill", f"teacher={tmp_path / 'rep'}"), tmp_path / "student", quiet)
+    train(tiny("distill", "method=none"), tmp_path / "plain", quiet)
+    for line in ("loss", "clips/s", "wait", "ETA"):
+        assert any(line in text for text in said)
+    terms = {
+        run: set(losses(tmp_path / run)[0]) - {"kind", "step", "epoch", "lr"}
+        for run in ("teacher", "rep", "student", "plain")
+    }
+    assert terms["teacher"] == terms["plain"] == {"recognizer/total", "recognizer/class"}
+    assert terms["rep"] == {
+        "recognizer/total",
+        "recognizer/class",
+        "recognizer/rec",
+        "cvae/total",
+        "cvae/mse",
+        "cvae/kl",
+    }
+    assert terms["student"] == terms["rep"] | {"recognizer/att", "cvae/kd"}
+    kinds = [(line["kind"], line["step"]) for line in losses(tmp_path / "student")]
+    assert kinds == [
+        ("train", 1),
+        ("train", 2),
+        ("train", 3),
+        ("eval", 3),
+        ("train", 4),
+        ("train", 5),
+        ("train", 6),
+        ("eval", 6),
+    ]
+    for run, parts in (("student", {"recognizer", "cvae"}), ("plain", {"recognizer"})):
+        folder = tmp_path / run
+        assert {path.name for path in folder.iterdir()} == {
+            ".lock",
+            "config.yaml",
+            "metrics.jsonl",
+            "checkpoints",
+            "weights",
+            "result.json",
+        }
+        assert {path.stem for path in (folder / "weights").iterdir()} == parts
+    # Attention weighting aside, the same seed gives both students the same first weights and first batch.
+    assert losses(tmp_path / "student")[0]["recognizer/class"] == losses(tmp_path / "plain")[0]["recognizer/class"]
+    _, card = checkpoints.load_recognizer(tmp_path / "student")
+    assert card.model.temporal == "top_heavy" and card.attention and len(card.classes) == 10
+    teacher = checkpoints.load_recognizer(tmp_path / "teacher")[1]
+    assert not teacher.attention
+
+
+def test_stage_b_changes_no_vae_weight_and_stage_a_no_backbone_weight(tiny, tmp_path):
+    from genkd.pipelines.loader import Batch
+    from genkd.trainers import phases
+    from genkd.trainers.distributed import Ranks
+
+    phase = phases.build(tiny("representation"), tuple("abcdefghij"))
+    phase.place(Ranks(0, 1, torch.device("cpu")))
+    phase.train()
+    batch = Batch(torch.randn(2, 3, 16, 32, 32), torch.tensor([0, 1]), torch.tensor([0, 1]), 2, 2)
+    touched = []
+    for stage in phase.stages(batch, 1, torch.randn(2, 2, 256)):
+        for module in phase.modules.values():
+            module.zero_grad(set_to_none=True)
+        stage.terms["total"].backward()
+        touched.append(
+            (
+                stage.module,
+                {name for name, m in phase.modules.items() if any(p.grad is not None for p in m.parameters())},
+            )
+        )
+    assert touched == [("cvae", {"cvae"}), ("recognizer", {"recognizer"})]
+
+
+def command(tiny, data, run, phase="representation", *overrides):
+    return [sys.executable, "-m", "genkd", "train", phase, "--config", str(tiny.path), "--out", str(run),
+            f"data.dataset={data.path}", "epochs=3", *overrides]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_stopped_continues_with_the_same_losses_bit_for_bit(tiny, data, tmp_path, number):
+    train(tiny("representation", "epochs=3"), tmp_path / "undisturbed", quiet)
+    run = tmp_path / "disturbed"
+    random = np.random.default_rng(int(number))
+    stops = 0
+    for goal in (2, 5):
+        process = subprocess.Popen(
+            command(tiny, data, run), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        while process.poll() is None and len(metrics_lines(run)) < goal:
+            time.sleep(0.002)
+        time.sleep(random.uniform(0, 0.05))
+        process.send_signal(number)
+        _, told = process.communicate(timeout=60)
+        stops += process.returncode != 0 or number == signal.SIGTERM
+        if number == signal.SIGKILL:
+            assert process.returncode == -signal.SIGKILL
+        else:
+            assert process.returncode == (130 if number == signal.SIGINT else 0)
+            assert "run the same command to continue" in told and "Traceback" not in told
+    assert stops == 2 and not (run / "result.json").exists()
+    train(tiny("representation", "epochs=3"), run, quiet)
+    assert losses(run) == losses(tmp_path / "undisturbed")
+    for name in ("recognizer", "cvae"):
+        file = f"weights/{name}.safetensors"
+        assert (run / file).read_bytes() == (tmp_path / "undisturbed" / file).read_bytes()
+
+
+def metrics_lines(run):
+    path = run / "metrics.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_a_finished_run_is_left_and_another_configuration_is_refused(tiny, tmp_path, content):
+    train(tiny("teacher"), tmp_path / "run", quiet)
+    before = content(tmp_path / "run")
+    assert train(tiny("teacher"), tmp_path / "run", quiet)["steps"] == 6
+    assert content(tmp_path / "run") == before
+    train(tiny("teacher", "log_every=7", "data.prefetch=1"), tmp_path / "run", quiet)
+    with pytest.raises(UserError, match=r"optimizer\.lr: 0\.001 -> 0\.1"):
+        train(tiny("teacher", "optimizer.lr=0.1"), tmp_path / "run", quiet)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").touch()
+    with pytest.raises(UserError, match=r"not empty.*thesis\.tex"):
+        train(tiny("teacher"), tmp_path / "other", quiet)
+
+
+def test_another_process_in_the_same_run_is_refused(tiny, tmp_path):
+    from genkd.trainers import loop
+
+    handle = loop._locked(tmp_path / "run")
+    with pytest.raises(UserError, match="another process is training"):
+        train(tiny("teacher"), tmp_path / "run", quiet)
+    os.close(handle)
+
+
+def test_bad_input_is_refused_before_anything_is_written(tiny, data, tmp_path):
+    train(tiny("teacher", "epochs=1"), tmp_path / "teacher", quiet)
+    train(tiny("representation", "epochs=1"), tmp_path / "rep", quiet)
+    wrong = checkpoints.ModelCard(
+        **{**checkpoints.read_card(tmp_path / "rep").__dict__, "classes": tuple("abcdefghij")}
+    )
+    checkpoints.save_weights(tmp_path / "foreign", wrong, {"recognizer": wrong.build()})
+    run = tmp_path / "run"
+    for phase, overrides, words in (
+        ("teacher", ["data.dataset=nowhere"], "nowhere is no genkd data set"),
+        ("teacher", ["data.train_split=val"], "split 'val'"),
+        ("teacher", ["data.size=16"], "too small"),
+        ("distill", [], "needs teacher=RUN"),
+        ("distill", [f"teacher={tmp_path / 'none'}"], "neither a training run"),
+        ("distill", [f"teacher={tmp_path / 'teacher'}"], "no attention head"),
+        ("distill", [f"teacher={tmp_path / 'rep'}", "data.size=64"], "16 frames of 32 px"),
+        ("distill", [f"teacher={tmp_path / 'rep'}", "model.width=0.5"], "set model.width=0.25"),
+        ("distill", [f"teacher={tmp_path / 'foreign'}"], "other classes"),
+        ("representation", [f"init={tmp_path / 'foreign'}"], "other classes"),
+        ("representation", [f"init={tmp_path / 'teacher'}", "model.width=0.5"], "does not fit"),
+        ("teacher", ["precision=fp16", "device=cpu"], "fp16 needs a GPU"),
+    ):
+        with pytest.raises(UserError) as caught:
+            train(tiny(phase, *overrides), run, quiet)
+        assert words in str(caught.value), (phase, overrides)
+        assert not run.exists()
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="no CUDA device"):
+            train(tiny("teacher", "device=cuda"), run, quiet)
+
+
+def test_a_diverging_run_stops_and_names_step_and_term(tiny, tmp_path):
+    with pytest.raises(UserError, match=r"diverged by step \d+: recognizer/class"):
+        train(tiny("teacher", "optimizer={name: sgd, lr: 1.0e+30}", "epochs=3"), tmp_path / "run", quiet)
+
+
+def test_a_full_disk_gives_one_sentence_and_keeps_the_checkpoints(tiny, data, small_disk, genkd):
+    disk = small_disk("20m")
+    told = genkd(*command(tiny, data, disk / "run")[3:], check=False)
+    assert told.returncode == 1
+    assert "no space left" in told.stderr and "Traceback" not in told.stderr
+    subprocess.run(["mount", "-o", "remount,size=400m", str(disk)], check=True)
+    assert "finished" in genkd(*command(tiny, data, disk / "run")[3:]).stdout
+
+
+@pytest.mark.parametrize("phase", ["teacher", "distill"])
+def test_two_ranks_train_and_evaluate_together(tiny, data, tmp_path, phase, genkd):
+    train(tiny("representation", "epochs=1"), tmp_path / "rep", quiet)
+    overrides = [f"teacher={tmp_path / 'rep'}"] if phase == "distill" else []
+    run = tmp_path / "run"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launch, *command(tiny, data, run, phase, *overrides)[2:]],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    steps = [line["step"] for line in losses(run) if line["kind"] == "train"]
+    assert steps == list(range(1, 10))
+    # Before the first update both runs have the same weights, so the mean over the global batch is the same but for
+    # batch norm's statistics, which each rank takes from its own half.
+    assert json.loads((run / "result.json").read_text())["steps"] == 9
+    arguments = ["evaluate", "recognition", run, "--data", data.path, "--clips", 2, "--batch-size", 6, "--json"]
+    alone = json.loads(genkd(*arguments).stdout)
+    together = subprocess.run(
+        [*launch, "genkd", *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=200
+    )
+    assert together.returncode == 0, together.stderr
+    both = json.loads(together.stdout)
+    assert both["videos"] == alone["videos"] == 40
+    assert both["confusion"] == alone["confusion"] and both["loss"] == pytest.approx(alone["loss"], abs=1e-5)
+
+
+def test_gradients_of_an_uneven_batch_are_those_of_the_whole(tiny):
+    """Ranks' means weighted by count * world / total average to the mean over all clips."""
+    values = torch.arange(7.0)
+    shares = [values[:2], values[2:4], values[4:7]]
+    mean = sum(share.mean() * len(share) * 3 / 7 for share in shares) / 3
+    assert mean == values.mean()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_all_phases_train_on_a_gpu(tiny, tmp_path, precision):
+    options = ["device=cuda", f"precision={precision}", "epochs=3"]
+    train(tiny("representation", *options), tmp_path / "rep", quiet)
+    train(tiny("distill", f"teacher={tmp_path / 'rep'}", *options), tmp_path / "student", quiet)
+    values = [line["recognizer/total"] for line in losses(tmp_path / "student") if line["kind"] == "train"]
+    assert len(values) == 9 and np.isfinite(values).all()
