@@ -39,7 +39,9 @@ def lines(series: Series, x_label: str, y_label: str, *, percent: bool = False, 
     axes.set_ylim(bottom=0, top=1 if percent else None)
     if percent:
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-    axes.legend(frameon=False, fontsize=9, loc="best")
+    figure.legend(
+        frameon=False, fontsize=9, loc="outside lower center", ncols=min(4, len(series)), labelcolor="#46505a"
+    )
     return _svg(figure)
 
 
@@ -78,12 +80,14 @@ def confusion(matrix: np.ndarray, classes: list[str]) -> str:
 
 
 def attention(curves: dict[str, tuple[np.ndarray, np.ndarray]], colours: dict[str, str], width: float) -> str:
-    """Mean attention over time, a line a network; x are seconds, width the picture's in inches."""
-    figure = Figure(figsize=(width, 1.5), layout="constrained")
+    """Attention over time against its own mean, a line a network; x are seconds, width the picture's in inches."""
+    figure = Figure(figsize=(width, 1.6), layout="constrained")
     axes = figure.add_subplot()
     for name, (seconds, values) in curves.items():
-        axes.plot(seconds, values, label=name, color=colours[name], linewidth=1.7)
-    _finish(axes, "seconds", "attention")
+        label = f"{name}, mean {values.mean():.2f}"
+        axes.plot(seconds, 100 * (values / values.mean() - 1), label=label, color=colours[name], linewidth=1.7)
+    _finish(axes, "seconds", "% of mean")
+    axes.yaxis.set_major_formatter("{x:+.0f}")
     axes.margins(x=0)
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return _svg(figure)

@@ -168,9 +168,9 @@ def _samples(runs: list[_Run]) -> list[dict[str, Any]]:
             predictions[run.name] = run.card.classes[int(scores.argmax())]
         picked = np.linspace(0, video.num_frames - 1, 10).round().astype(int)
         bytes_, _ = store.read(video, 0, video.num_frames - 1)
-        weights = np.nan_to_num(curves[attending[-1].name][1][picked])
-        spread = weights - weights.min()
-        frames = charts.heat(decode_rgb(bytes_, picked), spread / max(spread.max(), 0.05))
+        relative = curves[attending[-1].name][1] / curves[attending[-1].name][1].mean()
+        spread = (relative - relative.min())[picked]
+        frames = charts.heat(decode_rgb(bytes_, picked), spread / max(np.ptp(relative), 0.01))
         shown.append(
             {
                 "key": video.key, "label": dataset.classes[video.label], "predictions": predictions,
@@ -205,4 +205,6 @@ def _attention_over_time(
                     covered = np.minimum(frames + offset, video.num_frames - 1)
                     np.add.at(sums, covered, weights[number, steps])
                     np.add.at(counts, covered, 1)
-    return np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0), np.mean(scores, 0)
+    # The windows leave out a video's first and last frames; those take the nearest value.
+    covered = np.flatnonzero(counts)
+    return np.interp(np.arange(video.num_frames), covered, sums[covered] / counts[covered]), np.mean(scores, 0)
