@@ -151,10 +151,10 @@ def _samples(runs: list[_Run]) -> list[dict[str, Any]]:
     dataset = Dataset.open(data.dataset)
     rows = dataset.rows(data.eval_split)
     labels = dataset.labels[rows]
-    firsts = [rows[np.flatnonzero(labels == label)[0]] for label in np.unique(labels)]
-    chosen = [
-        firsts[number] for number in np.linspace(0, len(firsts) - 1, min(SAMPLES, len(firsts))).round().astype(int)
-    ]
+    classes = np.unique(labels)
+    picked = classes[np.linspace(0, len(classes) - 1, min(SAMPLES, len(classes))).round().astype(int)]
+    of_class = [rows[labels == label] for label in picked]
+    chosen = [videos[number % len(videos)] for number, videos in enumerate(of_class)]
     models = {run.name: load_recognizer(run.path)[0] for run in attending}
     colours = {run.name: charts.COLOURS[runs.index(run) % len(charts.COLOURS)] for run in attending}
     store = ClipStore(dataset)
