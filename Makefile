@@ -25,7 +25,6 @@ test: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 
 bench: $(READY)
 	@mkdir -p $(RESULTS)

@@ -15,20 +15,30 @@ from typing import Any
 import click
 
 from . import __version__
-from .errors import UserError, explain_os_error
+from .errors import Stopped, UserError, explain_os_error
+from .files import write_json
 
 _FOLDER = click.Path(path_type=Path)
 _CORES = len(os.sched_getaffinity(0))
+_WORKERS = click.option(
+    "--workers", default=_CORES, type=click.IntRange(0), show_default="cores", help="Processes; 0: none but this one."
+)
 
 
 class _Group(click.Group):
-    """Turns what users can mend into one sentence and exit code 1, and Ctrl-C into 130."""
+    """Turns what users can mend into one sentence and exit code 1, and Ctrl-C into one and 130."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except UserError as error:
             raise click.ClickException(str(error)) from None
+        except Stopped as stopped:
+            click.echo(f"{stopped}; run the same command to continue", err=True)
+            sys.exit(stopped.exit_code)
+        except KeyboardInterrupt:
+            click.echo("interrupted; what is finished is kept, run the same command to continue", err=True)
+            sys.exit(130)
         except BrokenPipeError:
             raise
         except OSError as error:
@@ -66,8 +76,10 @@ def main() -> None:
 @click.option("--fps", default=25, show_default=True)
 @click.option("--size", default="160x120", show_default=True, metavar="WxH", help="Frame size in pixels.")
 @click.option("--test-share", default=0.3, show_default=True, help="Share of the groups that make the test list.")
-@click.option("--seed", default=0, show_default=True)
-@click.option("--workers", default=_CORES, show_default="cores", help="Processes; 0: none but this one.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**31 - 1))
+@click.option(
+    "--workers", default=_CORES, type=click.IntRange(0), show_default="cores", help="Processes; 0: none but this one."
+)
 @_examples("genkd synth motion\ngenkd synth motion --videos-per-class 100 --size 320x240 --seed 7")
 def synth(out: Path, size: str, workers: int, **settings: Any) -> None:
     """Write a motion data set to OUT: real AVI files in UCF101's layout, ten classes that differ only by motion."""
@@ -96,7 +108,7 @@ def _shard_options(function: Callable) -> Callable:
         click.option("--gop", default=16, show_default=True, help="Frames of a GOP; the unit in which clips are read."),
         click.option("--crf", type=int, help="Quality, lower is better  [default: h264 23, vp9 33, mjpeg 4]"),
         click.option("--preset", default="medium", show_default=True, help="x264's preset."),
-        click.option("--workers", default=_CORES, show_default="cores", help="Processes; 0: none but this one."),
+        _WORKERS,
         click.option("--on-error", type=click.Choice(["skip", "fail"]), default="skip", show_default=True,
                      help="A source that cannot be converted: record it and go on, or stop."),
         click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON."),
@@ -151,15 +163,10 @@ def _convert(source, out: Path, workers: int, on_error: str, as_json: bool, **se
         def on_progress(event: Progress) -> None:
             progress.add(event.videos, event.frames)
 
-        try:
-            summary = convert(
-                source, out, VideoSettings(**settings), workers=workers, on_error=on_error,
-                on_start=progress.start, on_progress=on_progress,
-            )  # fmt: skip
-        except KeyboardInterrupt:
-            progress.stop()
-            click.echo("interrupted; finished shards are kept, run the same command to continue", err=True)
-            sys.exit(130)
+        summary = convert(
+            source, out, VideoSettings(**settings), workers=workers, on_error=on_error,
+            on_start=progress.start, on_progress=on_progress,
+        )  # fmt: skip
     if as_json:
         click.echo(json.dumps({**summary.info, "rejections": [vars(entry) for entry in summary.rejected]}, indent=2))
         return
@@ -193,7 +200,9 @@ def inspect(dataset: Path, as_json: bool) -> None:
 
 @main.command()
 @click.argument("dataset", type=_FOLDER)
-@click.option("--workers", default=_CORES, show_default="cores", help="Processes; 0: none but this one.")
+@click.option(
+    "--workers", default=_CORES, type=click.IntRange(0), show_default="cores", help="Processes; 0: none but this one."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the problems as JSON.")
 @_examples("genkd verify data/ucf101")
 def verify(dataset: Path, workers: int, as_json: bool) -> None:
@@ -224,24 +233,16 @@ def verify(dataset: Path, workers: int, as_json: bool) -> None:
     "torchrun --nproc-per-node 8 -m genkd train teacher --config ucf101 --out runs/teacher data.dataset=data/ucf101"
 )
 def train(phase: str, source: str, out: Path, overrides: tuple[str, ...]) -> None:
-    """Train one phase: teacher, representation (needs init=RUN), distill (needs teacher=RUN).
+    """Train one phase: teacher, representation (init=RUN names the teacher), distill (needs teacher=RUN).
 
     OVERRIDES are key=value pairs over the configuration, dotted keys and YAML values: optimizer.lr=0.05. A run that
     was stopped or killed continues from its newest checkpoint when the same command is run again.
     """
     from .configs.load import load
-    from .trainers.loop import Stopped
     from .trainers.loop import train as run
 
     config = load(source, phase, overrides)
-    try:
-        result = run(config, out, say=click.echo)
-    except Stopped as stopped:
-        click.echo(f"{stopped}; run the same command to continue", err=True)
-        sys.exit(stopped.exit_code)
-    except KeyboardInterrupt:
-        click.echo("interrupted; run the same command to continue from the newest checkpoint", err=True)
-        sys.exit(130)
+    result = run(config, out, say=click.echo)
     if int(os.environ.get("RANK", "0")) == 0:
         click.echo(f"finished; weights are in {result['weights']}")
 
@@ -283,7 +284,7 @@ def recognition(weights: Path, dataset: Path, out: Path | None, as_json: bool, c
 @main.command()
 @click.option("--out", default="demo-run", show_default=True, type=_FOLDER, help="Folder; finished steps are kept.")
 @click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**31 - 1))
 @_examples("genkd demo\ngenkd demo --out /tmp/demo --seed 1")
 def demo(out: Path, device: str, seed: int) -> None:
     """Everything once: synthetic videos, shards, teacher, representation, two students, evaluation, report.html."""
@@ -318,10 +319,10 @@ def bench(what: str, data: Path | None, out: Path | None, repeats: int, as_json:
     from .benchmarks import run_benchmark
     from .tables import benchmark_tables, show
 
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
     result = run_benchmark(what, data, repeats)
     if out:
-        from .preprocessing.shards import write_json
-
         write_json(out, result)
     click.echo(json.dumps(result, indent=2)) if as_json else show(benchmark_tables(result))
 

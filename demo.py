@@ -10,9 +10,9 @@ from pathlib import Path
 from .configs.load import load
 from .evaluation.recognition import evaluate_weights
 from .evaluation.report import write_report
+from .files import write_json
 from .preprocessing import sources
 from .preprocessing.convert import convert
-from .preprocessing.shards import write_json
 from .preprocessing.synthetic import SynthSettings, synthesize
 from .preprocessing.video import VideoSettings
 from .trainers.distributed import choose_device

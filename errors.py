@@ -9,9 +9,17 @@ class UserError(ValueError):
     """Bad input, configuration or surroundings. The command line prints the text and exits with 1."""
 
 
+class Stopped(Exception):
+    """Work that was asked to stop and has saved its state. exit_code: 130 after Ctrl-C, 0 after SIGTERM."""
+
+    def __init__(self, text: str, exit_code: int):
+        super().__init__(text)
+        self.exit_code = exit_code
+
+
 def explain_os_error(error: OSError, doing: str) -> str:
     """One sentence for an operating system error met while `doing` something, with the remedy where one is known."""
-    where = f" ({error.filename})" if error.filename else ""
+    where = f" ({error.filename})" if error.filename and str(error.filename) not in doing else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"no space left on the disk while {doing}{where}: free some space, then run the same command again"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from ..configs.schema import DataConfig
+from ..errors import UserError
 from ..pipelines import plan
 from ..pipelines.loader import Loader
 from ..pipelines.store import decode_rgb
@@ -99,5 +100,7 @@ def _consume(batches, size: Callable) -> tuple[tuple[float, int], int]:
 
 def _rate(started: float, first: tuple[float, int], count: int, notes: dict) -> tuple[float, dict]:
     """Clips a second after the first batch; start-up is a note, as it is paid once a run."""
+    if count <= first[1]:
+        raise UserError(f"the training split must hold more than one batch of {BATCH} clips to measure a rate")
     rate = (count - first[1]) / (time.perf_counter() - first[0])
     return rate, {**notes, "first_batch_s": round(first[0] - started, 2)}

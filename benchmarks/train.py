@@ -13,8 +13,10 @@ from ..configs.load import load
 from ..configs.schema import TrainConfig
 from ..models.checkpoints import save_weights
 from ..pipelines.loader import Batch
-from ..trainers import optimizers, phases
-from ..trainers.distributed import Ranks, choose_device, precision
+from ..trainers import phases
+from ..trainers.distributed import Ranks, choose_device
+from ..trainers.metrics import Meter
+from ..trainers.step import Stepper
 from .common import compare
 
 CLASSES = tuple(f"class {number}" for number in range(101))
@@ -34,7 +36,7 @@ def run(data: Path | None, repeats: int) -> dict[str, Any]:
             "student alone": load(preset, "distill", ["method=none"]),
             "student, distilled": load(preset, "distill", [f"teacher={folder}"]),
         }
-        contenders = {name: _Step(config, place, steps) for name, config in kinds.items()}
+        contenders = {name: _Steps(config, place, steps) for name, config in kinds.items()}
     config = kinds["teacher"]
     about = {
         "preset": preset, "clip_length": config.data.clip_length, "size": config.data.size, "width": config.model.width,
@@ -43,49 +45,30 @@ def run(data: Path | None, repeats: int) -> dict[str, Any]:
     return compare("train", "clips/s", contenders, repeats, about)
 
 
-class _Step:
-    """A phase with its optimizers, called for a few steps at a time."""
+class _Steps:
+    """A phase and a batch on the device; a call takes a few training steps."""
 
     def __init__(self, config: TrainConfig, place: Ranks, steps: int):
         self.phase = phases.build(config, CLASSES)
         self.phase.place(place)
         self.phase.train()
-        self.optimizers = {
-            name: optimizers.build(config.cvae_optimizer if name == "cvae" else config.optimizer, module, place.device)
-            for name, module in self.phase.modules.items()
-        }
-        self.dtype = precision(config.precision, place.device)
-        self.steps, self.device = steps, place.device
+        self.stepper = Stepper(config, self.phase, place, steps)
+        self.meter, self.steps, self.device = Meter(place), steps, place.device
         n, data = config.batch_size, config.data
         clips = torch.randn(n, 3, data.clip_length, data.size, data.size, device=place.device)
         clips = clips.to(memory_format=torch.channels_last_3d)
         labels = torch.randint(len(CLASSES), (n,), device=place.device)
         self.batch = Batch(clips, labels, torch.arange(n), n, n)
-        channels, time_steps, _, _ = self.phase.card.feature_shape
-        self.noise = torch.randn(n, time_steps, channels, device=place.device)
-        self._take(1)
+        self.stepper.take(self.batch, 1, 0, self.meter)
 
     def __call__(self) -> tuple[float, dict]:
-        if self.device.type == "cuda":
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
-        self._take(self.steps)
-        elapsed = time.perf_counter() - started
-        notes = {}
-        if self.device.type == "cuda":
-            notes["peak_GB"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
-        return self.steps * self.batch.count / elapsed, notes
-
-    def _take(self, steps: int) -> None:
-        for _ in range(steps):
-            stages = self.phase.stages(self.batch, 1, self.noise)
-            while True:
-                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                    stage = next(stages, None)
-                if stage is None:
-                    break
-                self.optimizers[stage.module].zero_grad(set_to_none=True)
-                stage.terms["total"].backward()
-                self.optimizers[stage.module].step()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        for step in range(self.steps):
+            self.stepper.take(self.batch, 1, step, self.meter)
+        self.meter.take()  # waits for the device
+        rate = self.steps * self.batch.count / (time.perf_counter() - started)
+        return rate, {"peak_GB": round(torch.cuda.max_memory_allocated() / 1e9, 2)} if on_gpu else {}

@@ -54,6 +54,8 @@ def load(source: str, phase: str, overrides: Iterable[str] = ()) -> TrainConfig:
     for name in sections:
         if name not in PHASES:
             raise UserError(f"{path}: unknown phase {name!r} under `phases`{_nearest(name, PHASES)}")
+        if not isinstance(sections[name] or {}, dict):
+            raise UserError(f"{path}: phases.{name} must map keys to values, not be {sections[name]!r}")
     origin: dict[str, str] = {}
     merged: dict[str, Any] = {}
     _merge(merged, values, str(path), origin)

@@ -17,9 +17,10 @@ from torch import nn
 
 from ..configs.schema import DataConfig
 from ..errors import UserError
+from ..files import write_json
 from ..models.checkpoints import ModelCard, load_recognizer
 from ..pipelines.loader import Loader
-from ..preprocessing.shards import Dataset, write_json
+from ..preprocessing.shards import Dataset
 from ..trainers import distributed
 from ..trainers.distributed import Ranks
 
@@ -117,7 +118,7 @@ def evaluate_weights(
         raise UserError(
             f"{weights} knows {len(card.classes)} classes, {dataset} has {len(data.classes)} others; use its own data"
         )
-    config = DataConfig.model_validate_json(json.dumps(card.data), strict=False)
+    config = data_config(card)
     with distributed.ranks(device) as place:
         model.to(place.device, memory_format=torch.channels_last_3d)
         dtype = distributed.precision(precision, place.device)
@@ -141,6 +142,11 @@ def evaluate_weights(
             write_scores(out / "scores.parquet", result, data)
             write_json(out / "results.json", values)
     return values
+
+
+def data_config(card: ModelCard) -> DataConfig:
+    """How clips are made for stored weights; the decoder is this machine's choice."""
+    return DataConfig.model_validate_json(json.dumps({**card.data, "decoder": "auto"}), strict=False)
 
 
 def to_json(result: RecognitionResult, card: ModelCard, about: dict[str, Any]) -> dict[str, Any]:

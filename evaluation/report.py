@@ -16,15 +16,17 @@ import torch
 
 from .. import __version__
 from ..configs.load import read_run
-from ..configs.schema import DataConfig, TrainConfig
+from ..configs.schema import TrainConfig
 from ..errors import UserError
+from ..files import write_atomically
 from ..models.checkpoints import ModelCard, load_recognizer, read_card
 from ..models.recognizer import Recognizer
 from ..pipelines.loader import Loader
 from ..pipelines.store import ClipStore, decode_rgb
-from ..preprocessing.shards import Dataset, Video, write_atomically
+from ..preprocessing.shards import Dataset, Video
 from ..trainers import metrics
 from . import charts
+from .recognition import data_config
 
 SAMPLES = 4  # videos whose attention is shown
 _WINDOWS = 10
@@ -34,15 +36,12 @@ _WINDOWS = 10
 class _Run:
     """What a run folder holds."""
 
+    name: str
     path: Path
     config: TrainConfig
     card: ModelCard
     lines: list[dict[str, Any]]
     evaluation: dict[str, Any] | None
-
-    @property
-    def name(self) -> str:
-        return self.path.name
 
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
         return [line for line in self.lines if line["kind"] == kind]
@@ -56,7 +55,10 @@ def write_report(
     runs: finished run folders of one data set; what a folder's `evaluation/` holds is shown too. timings: seconds by
     step. Raises UserError for a folder that is no finished run.
     """
-    found = [_read(run) for run in runs]
+    names = [run.resolve().name for run in runs]
+    if len(set(names)) < len(names):  # folders of one name in different places
+        names = [str(run) for run in runs]
+    found = [_read(name, run) for name, run in zip(names, runs, strict=True)]
     evaluated = {run.name: run for run in found if run.evaluation}
     guessing = 1 / len(found[0].card.classes)
     page = {
@@ -88,14 +90,14 @@ def write_report(
     write_atomically(path, environment.from_string(template).render(page).encode())
 
 
-def _read(path: Path) -> _Run:
+def _read(name: str, path: Path) -> _Run:
     config, card = read_run(path), read_card(path)
     results = path / "evaluation" / "results.json"
     evaluation = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else None
     lines = metrics.read(path)
     if not lines:
         raise UserError(f"{path} has no metrics.jsonl; is it a finished run?")
-    return _Run(path, config, card, lines, evaluation)
+    return _Run(name, path, config, card, lines, evaluation)
 
 
 def _row(run: _Run) -> dict[str, Any]:
@@ -122,6 +124,8 @@ def _comparison(runs: list[_Run]) -> dict[str, Any] | None:
     if set(students) != {"none", "generative"}:
         return None
     tables = {name: pq.read_table(run.path / "evaluation" / "scores.parquet") for name, run in students.items()}
+    if not tables["none"]["key"].equals(tables["generative"]["key"]):
+        return None  # measured on other videos
     right = {name: table["label"].to_numpy() == table["prediction"].to_numpy() for name, table in tables.items()}
     difference = right["generative"].astype(float) - right["none"]
     error = difference.std(ddof=1) / math.sqrt(len(difference))
@@ -185,7 +189,7 @@ def _attention_over_time(
     model: Recognizer, card: ModelCard, dataset: Dataset, video: Video
 ) -> tuple[np.ndarray, np.ndarray]:
     """Attention averaged over channels and over all windows that cover a frame (num_frames,), and mean scores (K,)."""
-    config = DataConfig.model_validate_json(json.dumps(card.data), strict=False)
+    config = data_config(card)
     sums, counts, scores = np.zeros(video.num_frames), np.zeros(video.num_frames), []
     with (
         Loader(

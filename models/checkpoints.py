@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from ..configs.schema import ModelConfig
 from ..errors import UserError
+from ..files import write_atomically
 from .cvae import ConditionalVAE
 from .i3d import feature_shape
 from .recognizer import Recognizer, build_cvae
@@ -88,20 +88,21 @@ def save_weights(folder: Path, card: ModelCard, modules: dict[str, nn.Module]) -
     """Writes recognizer.safetensors and, if there is one, cvae.safetensors, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, module in modules.items():
-        path = folder / f"{name}.safetensors"
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         state = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
-        try:
-            safetensors.torch.save_file(state, temporary, metadata={"genkd": card.to_json()})
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        data = safetensors.torch.save(state, metadata={"genkd": card.to_json()})
+        write_atomically(folder / f"{name}.safetensors", data)
 
 
 def find_weights(place: str | Path, file: str = RECOGNIZER_FILE) -> Path:
-    """The weights' file of a run folder, of a folder with weights, or the file itself. Raises UserError."""
+    """The weights' file of a run folder, of a folder with weights, or the file itself. Raises UserError.
+
+    A recognizer's file may have any name; its VAE is looked for beside it.
+    """
     place = Path(place)
-    for path in (place / "weights" / file, place / file, place.with_name(file) if place.is_file() else place):
+    if place.is_file() and file == RECOGNIZER_FILE:
+        return place
+    folder = place.parent if place.is_file() else place
+    for path in (folder / "weights" / file, folder / file):
         if path.is_file():
             return path
     if (place / "config.yaml").is_file():

@@ -177,6 +177,7 @@ class Loader:
             except RuntimeError as error:  # DALI's; its pipeline is unusable from here on
                 run, self._run = self._run, None
                 found = run.undecodable()
+                run.close()
                 if not found:
                     raise UserError(f"the DALI pipeline failed: {_first_line(error)}") from error
                 for row, problem in found.items():
@@ -186,7 +187,9 @@ class Loader:
         """Raises Corrupt with the key and shard of a bad payload, or notes that a neighbour takes its place."""
         video = self.dataset.video(row)
         message = f"{video.key} in {self.dataset.path / 'shards' / video.shard}: {problem}"
-        if self.config.on_error == "fail" or not self.training:
+        if not self.training:
+            raise Corrupt(f"{message}; an evaluation takes no other video in its place: make the data set again")
+        if self.config.on_error == "fail":
             raise Corrupt(f"{message}; `genkd verify` lists all such videos, data.on_error=replace trains without them")
         if row not in self.bad_rows:
             log.warning("%s; a neighbour in the epoch's order takes its place", message)
@@ -194,7 +197,7 @@ class Loader:
 
     def _drop_run(self) -> None:
         if self._run is not None:
-            self._run.cancel()
+            self._run.close()
         self._run = None
 
 
@@ -219,8 +222,9 @@ class _Run:
         labels = torch.from_numpy(self._loader.dataset.labels[ids.numpy()].astype(np.int64))
         return Batch(clips.permute(0, 4, 1, 2, 3), labels.to(self._loader.device, non_blocking=True), ids, count, total)
 
-    def cancel(self) -> None:
-        """Takes back the reads that have not begun."""
+    def close(self) -> None:
+        """Takes back the reads that have not begun, and frees the pipeline, which holds a reference to this object."""
+        self._pipeline = None
         for items, *_ in self._ahead:
             for item in items:
                 item.future.cancel()

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..errors import UserError, explain_os_error
+from ..files import locked, remove_leftovers, replacing, write_atomically, write_json
 from . import engines, shards
 from .sources import Rejection, SourceList, SourceVideo, printable
 from .video import VideoError, VideoSettings, transcode
@@ -80,12 +80,14 @@ def convert(
     out = Path(out).absolute()
     if not source.videos:
         raise UserError(f"{source.root} holds no video to convert")
-    with _locked(out):
+    if out == source.root or source.root in out.parents:
+        raise UserError(f"{out} lies inside the source {source.root}; choose a folder outside it")
+    with locked(out, f"another run is writing {out}; wait for it, or stop it first"):
         plan, assignment = _plan(source, settings)
         _adopt(out, plan)
         (out / "shards").mkdir(exist_ok=True)
-        for leftover in [*out.glob(".*.tmp"), *(out / "shards").glob(".*.tmp")]:
-            leftover.unlink()
+        for folder in (out, out / "shards"):
+            remove_leftovers(folder)
         pending = {name: videos for name, videos in assignment.items() if not _is_done(out, name)}
         finished = len(assignment) - len(pending)
         on_start(len(source.videos), len(source.videos) - sum(map(len, pending.values())))
@@ -101,24 +103,6 @@ def convert(
             raise UserError(explain_os_error(error, f"writing {out}")) from None
     unused = _unused_classes(out, source.classes)
     return Summary(out, info, rejected, finished, unused)
-
-
-@contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Two runs must not write one data set. The lock goes with the process, however it ends."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        handle = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise UserError(explain_os_error(error, f"creating {out}")) from None
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run is writing {out}; wait for it, or stop it first") from None
-        yield
-    finally:
-        os.close(handle)
 
 
 def _plan(source: SourceList, settings: VideoSettings) -> tuple[dict[str, Any], dict[str, tuple[SourceVideo, ...]]]:
@@ -162,7 +146,7 @@ def _adopt(out: Path, plan: dict[str, Any]) -> None:
             raise UserError(
                 f"{out} is not empty and holds no genkd data set (found {strangers[0]!r}); choose another folder"
             )
-        shards.write_json(path, plan)
+        write_json(path, plan)
         return
     try:
         old = json.loads(path.read_text(encoding="utf-8"))
@@ -197,10 +181,12 @@ def _is_done(out: Path, name: str) -> bool:
 def _convert_shard(task: ShardTask, report: engines.Report) -> None:
     """Writes one shard and then its Parquet file, each under a temporary name first."""
     folder = Path(task.out) / "shards"
-    temporary = folder / f".{task.name}.tar.{os.getpid()}.tmp"
-    writer = shards.ShardWriter(temporary)
-    rows, errors = [], []
-    try:
+    rows: list[dict[str, Any]] = []
+    errors: list[list[str]] = []
+    with (
+        replacing(folder / f"{task.name}.tar") as temporary,
+        contextlib.closing(shards.ShardWriter(temporary)) as writer,
+    ):
         for video in task.videos:
             try:
                 row = _add_video(writer, task, video, report)
@@ -213,13 +199,8 @@ def _convert_shard(task: ShardTask, report: engines.Report) -> None:
             rows.append(row)
             report(Progress(videos=1))
         writer.finish()
-        os.replace(temporary, folder / f"{task.name}.tar")
-    finally:
-        writer.close()
-        temporary.unlink(missing_ok=True)
-    shards.sync_folder(folder)
     table = pa.Table.from_pylist(rows, shards.SCHEMA).replace_schema_metadata({_ERRORS: json.dumps(errors)})
-    shards.write_atomically(folder / f"{task.name}.parquet", shards.parquet_bytes(table))
+    write_atomically(folder / f"{task.name}.parquet", shards.parquet_bytes(table))
 
 
 def _add_video(
@@ -271,9 +252,7 @@ def _write_index(
     table = pa.concat_tables(tables)
     rejected.sort(key=lambda entry: entry.path)
     rows = [dataclasses.asdict(entry) for entry in rejected]
-    shards.write_atomically(
-        out / "errors.parquet", shards.parquet_bytes(pa.Table.from_pylist(rows, shards.ERROR_SCHEMA))
-    )
+    write_atomically(out / "errors.parquet", shards.parquet_bytes(pa.Table.from_pylist(rows, shards.ERROR_SCHEMA)))
     if not table.num_rows:
         first = rejected[0]
         raise UserError(
@@ -282,7 +261,7 @@ def _write_index(
         )
     table = table.take(pc.sort_indices(table["key"])).combine_chunks()
     data = shards.parquet_bytes(table)
-    shards.write_atomically(out / "index.parquet", data)
+    write_atomically(out / "index.parquet", data)
     digest = shards.digest_of(data)
     shards.write_arrow(out / "index.arrow", table, digest)
     info = {
@@ -294,7 +273,7 @@ def _write_index(
         "rejected": len(rejected),
         "index_digest": digest,
     }
-    shards.write_json(out / "dataset.json", info)
+    write_json(out / "dataset.json", info)
     return info, rejected
 
 

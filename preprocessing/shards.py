@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import io
 import json
-import os
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 
 from ..errors import UserError
+from ..files import write_atomically
 
 FORMAT_VERSION = 1
 
@@ -54,7 +54,7 @@ SCHEMA = pa.schema(
 ERROR_SCHEMA = pa.schema([("path", pa.string()), ("stage", pa.string()), ("reason", pa.string())])
 
 
-class Corrupt(Exception):
+class Corrupt(UserError):
     """Stored bytes that are not what the index says; the text names key, shard and what differs."""
 
 
@@ -89,10 +89,8 @@ class ShardWriter:
         self._file.seek(end)
 
     def finish(self) -> None:
-        """Writes the tar's end mark and forces everything to the disk."""
+        """Writes the tar's end mark and everything that is still in memory."""
         self._file.write(bytes(2 * tarfile.BLOCKSIZE))
-        self._file.flush()
-        os.fsync(self._file.fileno())
         self._file.close()
 
     def close(self) -> None:
@@ -147,39 +145,11 @@ def tar_name(key: str) -> str:
     return folder + separator + name.replace(".", "%2E")
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Puts data at path so that a reader sees all of it or nothing, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Makes renames inside a folder durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def parquet_bytes(table: pa.Table) -> bytes:
     """A table as a zstd Parquet file in memory."""
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
     return buffer.getvalue()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """value as an indented JSON file, written atomically."""
-    write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 @dataclass(frozen=True)
@@ -223,10 +193,11 @@ class Dataset:
             raise UserError(f"{path} is no genkd data set: it has no dataset.json") from None
         except (json.JSONDecodeError, UnicodeDecodeError):
             raise UserError(f"{path / 'dataset.json'} is damaged; make the data set again") from None
-        if info.get("format_version") != FORMAT_VERSION:
-            raise UserError(
-                f"{path} has format version {info.get('format_version')!r}; this genkd reads version {FORMAT_VERSION}"
-            )
+        version = info.get("format_version") if isinstance(info, dict) else None
+        if version != FORMAT_VERSION:
+            raise UserError(f"{path} has format version {version!r}; this genkd reads version {FORMAT_VERSION}")
+        if not {"classes", "video", "splits", "index_digest"} <= info.keys():
+            raise UserError(f"{path / 'dataset.json'} is damaged; make the data set again")
         return cls(path, info, _index_table(path, info["index_digest"]))
 
     @property

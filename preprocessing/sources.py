@@ -96,7 +96,7 @@ def folder(root: Path, *, test_fold: str | None = None, group_by: str | None = N
     ]
     for split, name in class_folders:
         found = 0
-        for path in _files(root / split / name):
+        for path in _files(root / split / name, root, rejected):
             if path.suffix.lower() not in VIDEO_EXTENSIONS:
                 rejected.append(Rejection(printable(_relative(path, root)), "scan", "not a video file extension"))
                 continue
@@ -141,7 +141,7 @@ def ucf101(root: Path, *, fold: int = 1, annotations: Path | None = None) -> Sou
         raise UserError(f"none of the videos that {lists} lists is below {video_root}; is ROOT the right folder?")
     listed = {video.path for video in videos}
     for name in _subfolders(video_root):
-        for path in _files(video_root / name):
+        for path in _files(video_root / name, video_root, rejected):
             if str(path) not in listed and path.suffix.lower() in VIDEO_EXTENSIONS:
                 rejected.append(
                     Rejection(printable(_relative(path, video_root)), "scan", f"not in a list of split {fold}")
@@ -175,9 +175,25 @@ def _subfolders(path: Path) -> list[str]:
     return sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _files(path: Path) -> Iterable[Path]:
-    """Every file below path, hidden ones left out, in an order that no file system decides."""
-    for base, folders, names in os.walk(path, followlinks=True):
+def _files(path: Path, root: Path, rejected: list[Rejection]) -> Iterable[Path]:
+    """Every file below path, hidden ones left out, in an order that no file system decides.
+
+    A folder that cannot be read, or that a link makes appear twice, is recorded in `rejected`.
+    """
+
+    def unreadable(error: OSError) -> None:
+        rejected.append(Rejection(printable(os.path.relpath(error.filename, root)), "scan", f"{error.strerror}"))
+
+    seen = set()
+    for base, folders, names in os.walk(path, followlinks=True, onerror=unreadable):
+        state = os.stat(base)
+        if (state.st_dev, state.st_ino) in seen:
+            rejected.append(
+                Rejection(printable(os.path.relpath(base, root)), "scan", "a link to a folder read already")
+            )
+            folders.clear()
+            continue
+        seen.add((state.st_dev, state.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             if not name.startswith("."):
@@ -201,6 +217,8 @@ def _sorted_unique(videos: Iterable[SourceVideo]) -> tuple[SourceVideo, ...]:
     ordered = sorted(videos, key=lambda video: video.key)
     for first, second in itertools.pairwise(ordered):
         if first.key == second.key:
+            if first.path == second.path:
+                raise UserError(f"{first.path} is listed twice; a video belongs to one split")
             raise UserError(
                 f"two sources have the key {first.key!r}: {first.path} and {second.path}; rename one of them"
             )

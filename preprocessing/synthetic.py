@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,8 @@ import cv2
 import numpy as np
 
 from ..errors import UserError, explain_os_error
+from ..files import replacing, write_json
 from . import engines
-from .shards import write_json
 
 # Each class survives a horizontal flip, so that flipping stays a fair augmentation.
 CLASSES = ("Bob", "Fall", "Grow", "Orbit", "Pulse", "Rise", "Shrink", "Slide", "Spin", "Sway")
@@ -186,12 +185,8 @@ def _write_videos(task: tuple[str, SynthSettings, list], report: engines.Report)
         path = Path(out, "UCF-101", _relative(name, group, clip))
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            try:
+            with replacing(path) as temporary:
                 write_video(temporary, render(settings, name, group, clip), settings.fps)
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
         report(1)
 
 

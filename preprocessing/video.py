@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -17,6 +18,7 @@ import av.filter
 from ..errors import UserError
 
 CODECS = ("h264", "vp9", "mjpeg")
+PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow", "placebo")
 # One fragment a key frame; no trailing index, so that the payload ends with its last GOP.
 _MUXER = {"movflags": "frag_keyframe+empty_moov+default_base_moof+skip_trailer", "fflags": "+bitexact"}
 
@@ -41,6 +43,8 @@ class VideoSettings:
             raise UserError(f"fps {self.fps} is not between 0 and 1000")
         if not 1 <= self.gop <= 1000:
             raise UserError(f"gop {self.gop} is not between 1 and 1000 frames")
+        if self.preset not in PRESETS:
+            raise UserError(f"unknown preset {self.preset!r}; x264 has {', '.join(PRESETS)}")
         if self.crf is not None and not 0 <= self.crf <= 63:
             raise UserError(f"crf {self.crf} is not between 0 and 63")
 
@@ -90,12 +94,14 @@ def transcode(path: str, sink: Sink, settings: VideoSettings, on_frame: Callable
         if first is None:
             raise VideoError("decode", "the video stream holds no frame that can be decoded")
         width, height = _output_size(first, stream.sample_aspect_ratio, settings.short_side)
-        graph = _graph(stream, first, width, height, rate, settings.codec)
-        encoder = _Encoder(sink, settings, width, height, rate, on_frame)
         try:
-            encoder.write(_filtered(graph, first, frames))
-        finally:
-            encoder.close()
+            graph = _graph(stream, first, width, height, rate, settings.codec)
+            with contextlib.closing(_Encoder(sink, settings, width, height, rate, on_frame)) as encoder:
+                encoder.write(_filtered(graph, first, frames, rate))
+        except av.FFmpegError as error:
+            raise VideoError(
+                "encode", f"cannot be encoded as {settings.codec} {width}x{height} ({error.strerror})"
+            ) from None
         source.refuse_damaged()
         return Encoded(
             width, height, float(rate), encoder.num_frames, (*encoder.key_frames, encoder.num_frames),
@@ -117,7 +123,7 @@ class _Frames:
 
     def __init__(self, container: av.container.InputContainer, stream: av.VideoStream):
         self._container, self._stream = container, stream
-        self.count, self._packets, self._damaged, self._end = 0, 0, 0, 0.0
+        self.count, self._packets, self._damaged, self._end = 0, 0, 0, 0.0  # _end: seconds
 
     def __iter__(self) -> Iterator[av.VideoFrame]:
         packets = self._container.demux(self._stream)
@@ -146,9 +152,10 @@ class _Frames:
         """Raises VideoError for a file that ends early, which many containers do not report, or is largely damaged."""
         declared, seconds = self._stream.frames, _declared_seconds(self._container, self._stream)
         if declared:
-            if declared - self.count > max(2, 0.05 * declared):
-                raise VideoError("decode", f"cut off or damaged: {self.count} of {declared} frames could be decoded")
-        elif seconds and self._end < 0.8 * seconds - 1:
+            # Packets, not frames: trimming without encoding leaves frames that an edit list hides.
+            if declared - self._packets > max(2, 0.05 * declared):
+                raise VideoError("decode", f"cut off or damaged: {self._packets} of {declared} frames are there")
+        elif seconds and self._end < 0.8 * seconds - 0.3:
             raise VideoError("decode", f"cut off or damaged: it ends after {self._end:.1f} of {seconds:.1f} seconds")
         if self._damaged > max(2, 0.05 * self._packets):
             raise VideoError("decode", f"damaged: {self._damaged} of {self._packets} packets cannot be decoded")
@@ -231,7 +238,9 @@ def _graph(stream, frame, width: int, height: int, rate: Fraction, codec: str) -
     return graph
 
 
-def _filtered(graph: av.filter.Graph, first: av.VideoFrame, rest: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
+def _filtered(
+    graph: av.filter.Graph, first: av.VideoFrame, rest: Iterator[av.VideoFrame], rate: Fraction
+) -> Iterator[av.VideoFrame]:
     def ready() -> Iterator[av.VideoFrame]:
         while True:
             try:
@@ -240,7 +249,13 @@ def _filtered(graph: av.filter.Graph, first: av.VideoFrame, rest: Iterator[av.Vi
                 return
 
     shape, last = (first.width, first.height, first.format.name), first.pts
-    graph.vpush(first)
+
+    def push(frame: av.VideoFrame) -> None:
+        if not frame.duration:  # without one, the rate filter takes the last frame to end where it begins
+            frame.duration = max(1, round(1 / (rate * frame.time_base)))
+        graph.vpush(frame)
+
+    push(first)
     yield from ready()
     for frame in rest:
         if (frame.width, frame.height, frame.format.name) != shape:
@@ -250,7 +265,7 @@ def _filtered(graph: av.filter.Graph, first: av.VideoFrame, rest: Iterator[av.Vi
         if frame.pts is not None and last is not None and frame.pts <= last:
             continue  # a repeated or stepped-back time stamp would be dropped by the rate filter with a warning a frame
         last = frame.pts
-        graph.vpush(frame)
+        push(frame)
         yield from ready()
     graph.vpush(None)
     yield from ready()
@@ -281,6 +296,8 @@ class _Encoder:
             self._mux(self._stream.encode(frame))
             self._on_frame()
         self._mux(self._stream.encode(None))
+        if not self.num_frames:
+            raise VideoError("encode", "no frame is left at the frame rate asked for")
         if self._packets != self.num_frames:
             raise VideoError("encode", f"the encoder gave {self._packets} packets for {self.num_frames} frames")
 

@@ -43,7 +43,7 @@ def test_from_videos_to_a_distilled_student_on_the_command_line(genkd, tmp_path)
     [
         (["train", "teacher", "--config", "demo", "--out", "x", "epochz=3"], "did you mean 'epochs'"),
         (["train", "teacher", "--config", "nope.yaml", "--out", "x"], "no configuration file 'nope.yaml'"),
-        (["train", "teacher", "--config", "demo", "--out", "x"], "is no genkd data set"),
+        (["train", "teacher", "--config", "demo", "--out", "x"], "data.dataset is not set"),
         (["shard", "folder", "nowhere", "out"], "there is no folder"),
         (["shard", "folder", ".", "out", "--codec", "gif"], "h264, vp9, mjpeg"),
         (["inspect", "."], "no dataset.json"),
@@ -51,6 +51,7 @@ def test_from_videos_to_a_distilled_student_on_the_command_line(genkd, tmp_path)
         (["synth", "out", "--size", "big"], "WIDTHxHEIGHT"),
         (["evaluate", "recognition", "none", "--data", "."], "neither a training run"),
         (["report", "."], "no training run"),
+        (["shard", "folder", ".", "../out", "--preset", "warp"], "unknown preset 'warp'"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_1(genkd, tmp_path, arguments, words):

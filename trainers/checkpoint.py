@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import pickle
 import re
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError, explain_os_error
+from ..files import replacing
 
 log = logging.getLogger(__name__)
 
@@ -23,40 +23,35 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08d}.pt"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with replacing(path) as temporary, open(temporary, "wb") as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         # torch's zip writer turns the system's error into a RuntimeError with the original one as its context.
         cause = error if isinstance(error, OSError) else error.__context__
         if isinstance(cause, OSError):
             raise UserError(explain_os_error(cause, f"writing checkpoint {path}")) from None
         raise
-    finally:
-        temporary.unlink(missing_ok=True)
     for _, old in _checkpoints(folder)[:-keep]:
         old.unlink()
     return path
 
 
 def load_newest(folder: Path) -> dict[str, Any] | None:
-    """The state of the newest readable checkpoint, on the CPU; a damaged one is passed over with a warning."""
-    for _, path in reversed(_checkpoints(folder)):
+    """The state of the newest readable checkpoint, on the CPU; None if there is no checkpoint at all.
+
+    Damaged ones are renamed to *.damaged with a warning. Raises UserError if all are damaged.
+    """
+    found = _checkpoints(folder)
+    for _, path in reversed(found):
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
-            log.warning("checkpoint %s is damaged (%s); trying the one before it", path, error)
+        except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            log.warning("checkpoint %s is damaged (%s); trying the one before it", path, repr(error)[:200])
+            path.rename(path.with_name(path.name + ".damaged"))
+    if found:
+        raise UserError(f"no checkpoint in {folder} can be read; delete the run folder to begin again")
     return None
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Deletes what a killed run left half written."""
-    for path in folder.glob(".step-*.tmp"):
-        path.unlink(missing_ok=True)
 
 
 def _checkpoints(folder: Path) -> list[tuple[int, Path]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..errors import UserError
+from ..errors import UserError, explain_os_error
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,26 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
-    def barrier(self) -> None:
+    def on_main(self, action: Callable[[], object]) -> None:
+        """Runs action on the main rank while the others wait; what a user can mend is raised on every rank."""
+        problem = None
+        if self.is_main:
+            try:
+                action()
+            except UserError as error:
+                problem = str(error)
+            except OSError as error:
+                problem = explain_os_error(error, "writing")
         if self.world_size > 1:
-            dist.barrier()
+            problem = self.gather(problem)[0]
+        if problem is not None:
+            raise UserError(problem)
+
+    def same_buffers(self, module: nn.Module) -> None:
+        """Gives every rank the main rank's buffers, such as batch norm's running statistics."""
+        if self.world_size > 1:
+            for buffer in module.buffers():
+                dist.broadcast(buffer, 0)
 
 
 def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
@@ -90,7 +107,6 @@ def ranks(wanted_device: str) -> Iterator[Ranks]:
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
-    try:
-        yield Ranks(rank, world_size, device)
-    finally:
-        dist.destroy_process_group()
+    yield Ranks(rank, world_size, device)
+    # Not after an exception: leaving is collective, and the other ranks may be waiting elsewhere. torchrun ends them.
+    dist.destroy_process_group()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..files import write_atomically
 from .distributed import Ranks
 from .losses import Terms
 
@@ -52,9 +53,9 @@ class Meter:
 class MetricsLog:
     """metrics.jsonl and TensorBoard of a run; only the main rank writes."""
 
-    def __init__(self, run: Path, step: int, *, tensorboard: bool):
+    def __init__(self, run: Path, step: int, *, tensorboard: bool, evaluates_again: bool = False):
         self._path = run / "metrics.jsonl"
-        self._drop_after(step)
+        self._drop_after(step, evaluates_again)
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self._board = None
         if tensorboard:
@@ -76,12 +77,20 @@ class MetricsLog:
         if self._board is not None:
             self._board.close()
 
-    def _drop_after(self, step: int) -> None:
+    def _drop_after(self, step: int, evaluates_again: bool) -> None:
         """Lines after the checkpoint that a run resumes from will be written again."""
         if not self._path.exists():
             return
-        kept = [line for line in self._path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-        self._path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        kept = []
+        for line in self._path.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:  # the half line of a killed run
+                continue
+            again = evaluates_again and entry["kind"] == "eval" and entry["step"] == step
+            if entry["step"] <= step and not again:
+                kept.append(line + "\n")
+        write_atomically(self._path, "".join(kept).encode())
 
 
 def read(run: Path) -> list[dict[str, Any]]:
@@ -122,10 +131,3 @@ def console_line(epoch: int, epochs: int, step: int, total: int, values: dict[st
         f"epoch {epoch}/{epochs}  step {step}/{total}  {losses}  lr {values['lr']:.3g}  "
         f"{values['clips_per_s']:.1f} clips/s  wait {100 * values['data_wait']:.0f} %  ETA {minutes}:{seconds:02d}"
     )
-
-
-def _step_of(line: str) -> int:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError):  # the half line of a killed run
-        return 1 << 62

@@ -31,6 +31,15 @@ def test_weights_describe_themselves(tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(restored.parameters(), cvae.parameters(), strict=True))
 
 
+def test_a_weights_file_may_have_any_name(tmp_path):
+    for seed, folder in enumerate(("a", "b")):
+        torch.manual_seed(seed)
+        checkpoints.save_weights(tmp_path / folder, CARD, {"recognizer": CARD.build()})
+    (tmp_path / "a" / "recognizer.safetensors").rename(tmp_path / "b" / "mine.safetensors")
+    mine, other = (checkpoints.load_recognizer(tmp_path / "b" / f"{n}.safetensors")[0] for n in ("mine", "recognizer"))
+    assert not torch.equal(mine.logits.weight, other.logits.weight)
+
+
 def test_places_without_weights_are_refused(tmp_path):
     with pytest.raises(UserError, match="neither a training run"):
         checkpoints.load_recognizer(tmp_path)

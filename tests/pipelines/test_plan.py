@@ -1,10 +1,12 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from genkd.configs.schema import DataConfig
 from genkd.pipelines import plan
+
+pytest.importorskip("hypothesis")
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 CONFIG = DataConfig(clip_length=8, stride=2, size=32)
 

@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from genkd import files
 from genkd.errors import UserError
-from genkd.preprocessing import convert as conversion
 from genkd.preprocessing import sources
 from genkd.preprocessing.convert import convert
 from genkd.preprocessing.shards import Dataset
@@ -172,8 +172,14 @@ def test_a_folder_with_other_things_in_it_is_refused(videos, tmp_path):
 
 
 def test_two_runs_on_one_output_are_refused(videos, tmp_path):
-    with conversion._locked(tmp_path / "data"), pytest.raises(UserError, match="another run is writing"):
+    with files.locked(tmp_path / "data", ""), pytest.raises(UserError, match="another run is writing"):
         convert(sources.ucf101(videos), tmp_path / "data", SETTINGS, workers=0)
+
+
+def test_an_output_inside_the_source_is_refused(videos, tmp_path):
+    shutil.copytree(videos / "UCF-101" / "Bob", tmp_path / "root" / "Bob")
+    with pytest.raises(UserError, match="lies inside the source"):
+        convert(sources.folder(tmp_path / "root"), tmp_path / "root" / "out", SETTINGS, workers=0)
 
 
 def bad_videos(root, videos):

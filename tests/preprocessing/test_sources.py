@@ -106,6 +106,34 @@ def test_ucf101_wants_its_list_files(tmp_path):
         sources.ucf101(tmp_path)
 
 
+def test_folders_that_cannot_be_read_or_appear_twice_are_recorded(tmp_path, monkeypatch):
+    root = tree(tmp_path, "a/1.mp4", "a/locked/2.mp4")
+    (root / "a" / "loop").symlink_to(root / "a")
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    found = sources.folder(root)
+    assert [v.key for v in found.videos] == ["a/1"]
+    assert {(r.path, r.reason) for r in found.rejected} == {
+        ("a/locked", "Permission denied"),
+        ("a/loop", "a link to a folder read already"),
+    }
+
+
+def test_a_video_in_two_ucf101_lists_is_refused(tmp_path):
+    root = tree(tmp_path, "A/v_A_g01_c01.avi")
+    (root / "classInd.txt").write_text("1 A\n")
+    for split in ("train", "test"):
+        (root / f"{split}list01.txt").write_text("A/v_A_g01_c01.avi\n")
+    with pytest.raises(UserError, match="listed twice"):
+        sources.ucf101(root)
+
+
 @pytest.mark.real
 def test_the_official_ucf101_lists_are_read(real_data, tmp_path):
     lists = real_data / "splits" / "ucf101"

@@ -1,4 +1,5 @@
 import io
+import shutil
 import subprocess
 from fractions import Fraction
 
@@ -112,7 +113,7 @@ def test_the_short_side_is_as_asked_and_sides_are_even(tmp_path, size, short_sid
 
 
 def test_a_rate_beyond_reason_is_refused():
-    for options in ({"codec": "gif"}, {"short_side": 5}, {"fps": 0.0}, {"gop": 0}, {"crf": 99}):
+    for options in ({"codec": "gif"}, {"short_side": 5}, {"fps": 0.0}, {"gop": 0}, {"crf": 99}, {"preset": "warp"}):
         with pytest.raises(UserError):
             VideoSettings(**options)
 
@@ -159,6 +160,25 @@ def test_a_source_that_is_no_usable_video_is_told_apart(tmp_path, name, make, st
         transcode(str(path), Memory(), VideoSettings(short_side=48))
     assert caught.value.stage == stage
     assert words in caught.value.reason
+
+
+def test_a_video_trimmed_without_encoding_is_taken(tmp_path):
+    """FFmpeg keeps the frames before the cut back to the key frame and hides them by an edit list."""
+    if not shutil.which("ffmpeg"):
+        pytest.skip("needs the ffmpeg command")
+    path = counting_video(tmp_path / "a.mp4", 100, codec="libx264")
+    cut = ["ffmpeg", "-v", "error", "-ss", "2.9", "-i", path, "-c", "copy", tmp_path / "b.mp4"]
+    subprocess.run(cut, check=True)
+    encoded = transcode(str(tmp_path / "b.mp4"), Memory(), VideoSettings(short_side=48))
+    assert 25 <= encoded.num_frames <= 28
+
+
+@pytest.mark.parametrize("frames", [1, 2, 40])
+@pytest.mark.parametrize("name", ["a.flv", "a.mp4", "a.avi"])
+def test_the_last_frame_is_kept(tmp_path, name, frames):
+    """FLV states no duration for its frames."""
+    path = counting_video(tmp_path / name, frames, codec="flv1" if name == "a.flv" else "mpeg4")
+    assert transcode(str(path), Memory(), VideoSettings(short_side=48)).num_frames == frames
 
 
 @pytest.mark.real

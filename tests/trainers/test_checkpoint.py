@@ -22,6 +22,8 @@ def test_a_damaged_newest_falls_back_with_a_warning(tmp_path, caplog, spoil):
     path.write_bytes(spoil(path.read_bytes()))
     assert checkpoint.load_newest(tmp_path)["step"] == 1
     assert str(path) in caplog.text
+    checkpoint.save(tmp_path, 2, {"step": 2}, keep=1)
+    assert checkpoint.load_newest(tmp_path)["step"] == 2
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path, caplog):
@@ -30,7 +32,8 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path, caplog):
             return (open, (str(tmp_path / "owned"), "w"))
 
     torch.save({"step": Evil()}, tmp_path / "step-00000001.pt")
-    assert checkpoint.load_newest(tmp_path) is None
+    with pytest.raises(UserError, match="no checkpoint in"):
+        checkpoint.load_newest(tmp_path)
     assert not (tmp_path / "owned").exists()
 
 

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,7 +9,9 @@ import time
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from genkd import files
 from genkd.configs.load import load
 from genkd.errors import UserError
 from genkd.models import checkpoints
@@ -182,12 +185,8 @@ def test_a_finished_run_is_left_and_another_configuration_is_refused(tiny, tmp_p
 
 
 def test_another_process_in_the_same_run_is_refused(tiny, tmp_path):
-    from genkd.trainers import loop
-
-    handle = loop._locked(tmp_path / "run")
-    with pytest.raises(UserError, match="another process is training"):
+    with files.locked(tmp_path / "run", ""), pytest.raises(UserError, match="another process is training"):
         train(tiny("teacher"), tmp_path / "run", quiet)
-    os.close(handle)
 
 
 def test_bad_input_is_refused_before_anything_is_written(tiny, data, tmp_path):
@@ -200,7 +199,10 @@ def test_bad_input_is_refused_before_anything_is_written(tiny, data, tmp_path):
     run = tmp_path / "run"
     for phase, overrides, words in (
         ("teacher", ["data.dataset=nowhere"], "nowhere is no genkd data set"),
+        ("teacher", ['data.dataset=""'], "data.dataset is not set"),
         ("teacher", ["data.train_split=val"], "split 'val'"),
+        ("teacher", ["data.eval_split=val"], "eval_every=0"),
+        ("distill", [f"teacher={tmp_path / 'rep'}", "data.mean=[0,0,0]"], "data.mean=[0.485, 0.456, 0.406]"),
         ("teacher", ["data.size=16"], "too small"),
         ("distill", [], "needs teacher=RUN"),
         ("distill", [f"teacher={tmp_path / 'none'}"], "neither a training run"),
@@ -252,8 +254,6 @@ def test_two_ranks_train_and_evaluate_together(tiny, data, tmp_path, phase, genk
     assert done.returncode == 0, done.stderr
     steps = [line["step"] for line in losses(run) if line["kind"] == "train"]
     assert steps == list(range(1, 10))
-    # Before the first update both runs have the same weights, so the mean over the global batch is the same but for
-    # batch norm's statistics, which each rank takes from its own half.
     assert json.loads((run / "result.json").read_text())["steps"] == 9
     arguments = ["evaluate", "recognition", run, "--data", data.path, "--clips", 2, "--batch-size", 6, "--json"]
     alone = json.loads(genkd(*arguments).stdout)
@@ -266,12 +266,62 @@ def test_two_ranks_train_and_evaluate_together(tiny, data, tmp_path, phase, genk
     assert both["confusion"] == alone["confusion"] and both["loss"] == pytest.approx(alone["loss"], abs=1e-5)
 
 
-def test_gradients_of_an_uneven_batch_are_those_of_the_whole(tiny):
-    """Ranks' means weighted by count * world / total average to the mean over all clips."""
-    values = torch.arange(7.0)
-    shares = [values[:2], values[2:4], values[4:7]]
-    mean = sum(share.mean() * len(share) * 3 / 7 for share in shares) / 3
-    assert mean == values.mean()
+EVAL_MODE = """
+import sys
+from genkd.trainers.phases.base import Phase
+from genkd.cli import main
+Phase.train = lambda self: [module.eval() for module in self.modules.values()]
+main()
+"""
+
+
+def test_two_ranks_reach_the_weights_of_one(tiny, data, tmp_path):
+    """Batches of 5, 5 shared as 2 and 3. Batch norm and dropout are in eval mode, as their statistics and masks are a
+    rank's own."""
+    (tmp_path / "main.py").write_text(EVAL_MODE)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for world_size in (1, 2):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
+        options = ["batch_size=5", "eval_every=0", "optimizer={name: sgd, lr: 0.01}"]
+        arguments = command(tiny, data, tmp_path / f"run{world_size}", "representation", *options)[3:]
+        done = subprocess.run(
+            [*launch, str(tmp_path / "main.py"), *arguments],
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=200,
+        )
+        assert done.returncode == 0, done.stderr
+    for name in ("recognizer", "cvae"):
+        one, two = (load_file(tmp_path / f"run{n}" / "weights" / f"{name}.safetensors") for n in (1, 2))
+        for key, value in one.items():
+            torch.testing.assert_close(two[key], value, rtol=1e-4, atol=1e-5)
+
+
+def test_what_the_main_rank_finds_wrong_ends_every_rank(tiny, data, tmp_path):
+    """A run folder of another configuration: one sentence, no rank left waiting."""
+    train(tiny("teacher", "epochs=1"), tmp_path / "run", quiet)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    arguments = command(tiny, data, tmp_path / "run", "teacher", "seed=5")[2:]
+    done = subprocess.run([*launch, *arguments], capture_output=True, text=True, timeout=100)
+    assert done.returncode != 0
+    assert "was begun with another configuration (epochs: 1 -> 3; seed: 0 -> 5)" in done.stderr
+
+
+def test_a_data_set_that_changed_is_refused(tiny, data, tmp_path):
+    shutil.copytree(data.path, tmp_path / "data")
+    options = ["epochs=3", f"data.dataset={tmp_path / 'data'}"]
+    run = tmp_path / "run"
+    process = subprocess.Popen(command(tiny, data, run, "teacher", *options), stdout=subprocess.DEVNULL)
+    while len(metrics_lines(run)) < 3:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    info = json.loads((tmp_path / "data" / "dataset.json").read_text())
+    info["index_digest"] = "sha256:of another index"
+    (tmp_path / "data" / "dataset.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match="not the data set that .* was begun with"):
+        train(tiny("teacher", *options), run, quiet)
 
 
 @pytest.mark.gpu

@@ -27,6 +27,19 @@ class Stage(NamedTuple):
     terms: Terms
 
 
+def same_preprocessing(place: str, stored: checkpoints.ModelCard, own: checkpoints.ModelCard) -> None:
+    """Refuses weights that were trained on otherwise normalized clips; another stride is only mentioned."""
+    for key in ("mean", "std"):
+        if stored.data.get(key, own.data[key]) != own.data[key]:
+            raise UserError(
+                f"{place} was trained with data.{key}={stored.data[key]}, this run has {own.data[key]}; use the same"
+            )
+    if stored.data.get("stride", own.data["stride"]) != own.data["stride"]:
+        log.warning(
+            "%s was trained with data.stride=%s, this run has %s", place, stored.data["stride"], own.data["stride"]
+        )
+
+
 class Phase:
     """Builds the modules of a phase. `modules` are trained, `frozen` only run; both are keyed by name.
 
@@ -60,6 +73,7 @@ class Phase:
             raise UserError(
                 f"init={place} has {len(card.classes)} other classes than the data set; train on the same one"
             )
+        same_preprocessing(f"init={place}", card, self.card)
         fresh = checkpoints.initialize_from(self.modules["recognizer"], place)
         log.info("started from %s; fresh weights: %s", place, ", ".join(fresh) or "none")
 

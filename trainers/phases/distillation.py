@@ -9,6 +9,7 @@ from ...configs.schema import TrainConfig
 from ...errors import UserError
 from ...models import checkpoints
 from ...pipelines.loader import Batch
+from .base import same_preprocessing
 from .representation import Representation
 from .teacher import Teacher
 
@@ -37,6 +38,7 @@ class Distillation(Representation):
                 f"teacher={place} takes {teacher.clip_length} frames of {teacher.size} px, this student "
                 f"{self.card.clip_length} of {self.card.size} px; set data.clip_length and data.size to the teacher's"
             )
+        same_preprocessing(f"teacher={place}", teacher, self.card)
         if teacher.feature_shape != self.card.feature_shape:
             raise UserError(
                 f"teacher and student differ at Mixed_5c: (C,T,H,W) {teacher.feature_shape} and "

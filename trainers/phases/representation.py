@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 from torch import Tensor
 
+from ...configs.schema import TrainConfig
 from ...models.recognizer import ENDPOINT
 from ...pipelines.loader import Batch
 from .. import losses
 from .base import Phase, Stage
+
+log = logging.getLogger(__name__)
 
 
 class Representation(Phase):
     """Alternates on every batch, from one backbone forward: stage A for the VAE, stage B for backbone and attention."""
 
     uses_cvae = True
+
+    def __init__(self, config: TrainConfig, classes: tuple[str, ...]):
+        super().__init__(config, classes)
+        if config.phase == "representation" and not config.init:
+            log.warning("no init=RUN: the teacher's backbone starts from random weights")
 
     def teach(
         self, batch: Batch, features: Tensor, attention: Tensor, noise: Tensor
