@@ -320,7 +320,7 @@ def test_a_data_set_that_changed_is_refused(tiny, data, tmp_path):
     info = json.loads((tmp_path / "data" / "dataset.json").read_text())
     info["index_digest"] = "sha256:of another index"
     (tmp_path / "data" / "dataset.json").write_text(json.dumps(info))
-    with pytest.raises(UserError, match="not the data set that .* was begun with"):
+    with pytest.raises(UserError, match=r"not the data set that .* was begun with"):
         train(tiny("teacher", *options), run, quiet)
 
 
