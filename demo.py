@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from .configs.load import load
@@ -45,10 +46,9 @@ def run(out: Path, *, device: str, seed: int, say: Callable[[str], None], worker
         "student-distilled": ("distill", [f"teacher={out / 'representation'}"]),
     }
     for name, (phase, overrides) in runs.items():
-        config = (phase, [*common, *overrides])
-        steps.append((f"train {name}", lambda name=name, config=config: train(load("demo", *config), out / name, say)))
+        steps.append((f"train {name}", partial(_train, phase, [*common, *overrides], out / name, say)))
     for name in runs:
-        steps.append((f"evaluate {name}", lambda name=name: _evaluate(out, name, device)))
+        steps.append((f"evaluate {name}", partial(_evaluate, out, name, device)))
     timings = _read(out / "timings.json")
     for number, (what, step) in enumerate(steps, 1):
         say(f"[{number}/{len(steps) + 1}] {what}")
@@ -61,6 +61,10 @@ def run(out: Path, *, device: str, seed: int, say: Callable[[str], None], worker
     report = out / "report.html"
     write_report(report, [out / name for name in runs], title="genkd demo", timings=timings)
     return report
+
+
+def _train(phase: str, overrides: list[str], run: Path, say: Callable[[str], None]) -> None:
+    train(load("demo", phase, overrides), run, say)
 
 
 def _evaluate(out: Path, name: str, device: str) -> None:

@@ -7,7 +7,15 @@ import time
 from collections.abc import Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 # Everything about progress goes to standard error, so that standard output stays machine-readable.
 console = Console(stderr=True, highlight=False)
@@ -26,7 +34,7 @@ class Bar:
             TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
         ]  # fmt: skip
         self._live = Progress(*columns, console=console) if console.is_terminal else None
-        self._task = None
+        self._task: TaskID | None = None
 
     def start(self, total: int, done: int = 0) -> None:
         """Sets the number of items, and how many an earlier run finished."""

@@ -35,8 +35,8 @@ def inspection_tables(found: dict[str, Any]) -> list[Table]:
     spread = _table("videos", "", "min", "median", "max")
     labels = {"duration_s": "seconds", "fps": "frames/s", "width": "width px", "height": "height px",
               "gop_frames": "frames a GOP", "bytes_per_video": "bytes"}  # fmt: skip
-    for key, label in labels.items():
-        spread.add_row(label, *(f"{found[key][part]:,g}" for part in ("min", "median", "max")))
+    for key, title in labels.items():
+        spread.add_row(title, *(f"{found[key][part]:,g}" for part in ("min", "median", "max")))
     tables = [splits, classes, spread]
     if found["rejected"]:
         rejected = _table("rejected sources (errors.parquet)", "stage", "sources")

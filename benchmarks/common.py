@@ -6,7 +6,7 @@ import contextlib
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,11 @@ _PACKAGES = ("torch", "nvidia-dali-cuda120", "av", "numpy", "pyarrow", "genkd")
 
 
 def compare(
-    name: str, unit: str, contenders: dict[str, Callable[[], tuple[float, dict]]], repeats: int, about: dict[str, Any]
+    name: str,
+    unit: str,
+    contenders: Mapping[str, Callable[[], tuple[float, dict]]],
+    repeats: int,
+    about: dict[str, Any],
 ) -> dict[str, Any]:
     """Lets the contenders take turns `repeats` times; each call gives one rate (higher is better) and notes.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable
@@ -48,7 +49,7 @@ class PyAVClips(TorchDataset):
         )
         if sample.flip:
             clip = clip[:, :, ::-1]
-        clip = (clip.astype(np.float32) / 255 - np.float32(CONFIG.mean)) / np.float32(CONFIG.std)
+        clip = (clip.astype(np.float32) / 255 - np.array(CONFIG.mean, np.float32)) / np.array(CONFIG.std, np.float32)
         return torch.from_numpy(np.ascontiguousarray(clip.transpose(3, 0, 1, 2))), video.label
 
 
@@ -61,7 +62,7 @@ def run(data: Path | None, repeats: int) -> dict[str, Any]:
             "DataLoader + PyAV": lambda: _torch(dataset, rows, device)
         }
         for decoder in ("auto", "pyav"):
-            contenders[f"genkd ({decoder})"] = lambda decoder=decoder: _genkd(dataset, decoder, device)
+            contenders[f"genkd ({decoder})"] = functools.partial(_genkd, dataset, decoder, device)
         about = {
             "clip_length": CONFIG.clip_length, "stride": CONFIG.stride, "size": CONFIG.size, "batch_size": BATCH,
             "codec": dataset.info["video"]["codec"], "videos": len(rows), "device": device,
@@ -89,10 +90,11 @@ def _torch(dataset: Dataset, rows: np.ndarray, device: str) -> tuple[float, dict
 
 def _consume(batches, size: Callable) -> tuple[tuple[float, int], int]:
     """When the first batch came and how many clips it had; clips of the whole epoch."""
-    first, count = None, 0
+    count, first = 0, (0.0, 0)
     for batch in batches:
         count += size(batch)
-        first = first or (time.perf_counter(), count)
+        if not first[1]:
+            first = (time.perf_counter(), count)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return first, count

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from typing import Any
 
 import cv2
 import numpy as np
@@ -13,7 +14,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 COLOURS = ("#3b6fb6", "#7a5aa6", "#d9822b", "#2a9d6f", "#b5485d", "#5c6b73")
-_STYLE = {"color": "#46505a", "fontsize": 9}
+_STYLE: dict[str, Any] = {"color": "#46505a", "fontsize": 9}
 
 Series = dict[str, tuple[list[float], list[float]]]
 

@@ -56,15 +56,13 @@ def evaluate(
     Each video counts once whatever the number of ranks; the result is the same on all of them.
     """
     number_of = {int(row): number for number, row in enumerate(loader.rows)}
-    sums: torch.Tensor | None = None
+    sums = torch.zeros(len(loader.rows), len(loader.dataset.classes), dtype=torch.float64, device=place.device)
     training = model.training
     model.eval()
     with torch.inference_mode():
         for batch in loader:
             with torch.autocast(place.device.type, dtype, enabled=dtype != torch.float32):
                 scores = model(batch.clips).scores[: batch.count].double()
-            if sums is None:
-                sums = torch.zeros(len(loader.rows), scores.shape[1], dtype=torch.float64, device=place.device)
             where = torch.tensor([number_of[int(row)] for row in batch.ids[: batch.count]], device=place.device)
             sums.index_add_(0, where.long(), scores)
             on_batch(batch.count)
@@ -120,7 +118,7 @@ def evaluate_weights(
         )
     config = data_config(card)
     with distributed.ranks(device) as place:
-        model.to(place.device, memory_format=torch.channels_last_3d)
+        model.to(place.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         dtype = distributed.precision(precision, place.device)
         with Loader(
             data, split, config, batch_size=batch_size, training=False, rank=place.rank, world_size=place.world_size,

@@ -59,7 +59,7 @@ def write_report(
     if len(set(names)) < len(names):  # folders of one name in different places
         names = [str(run) for run in runs]
     found = [_read(name, run) for name, run in zip(names, runs, strict=True)]
-    evaluated = {run.name: run for run in found if run.evaluation}
+    evaluated = {run.name: run.evaluation for run in found if run.evaluation}
     guessing = 1 / len(found[0].card.classes)
     page = {
         "title": title,
@@ -79,8 +79,8 @@ def write_report(
             {run.name: 100 * _median(run, "data_wait") for run in found}, "% of the time waiting for data"
         ),
         "confusions": [
-            (name, charts.confusion(np.array(run.evaluation["confusion"]), run.evaluation["classes"]))
-            for name, run in evaluated.items()
+            (name, charts.confusion(np.array(values["confusion"]), values["classes"]))
+            for name, values in evaluated.items()
         ],
         "samples": _samples(found),
         "timings": timings,

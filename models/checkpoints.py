@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors
 import safetensors.torch
@@ -169,7 +169,7 @@ def from_reference(state: dict[str, Tensor]) -> tuple[nn.Module, ImportReport]:
         return _imported(module, state, _REFERENCE_CVAE, "recognition cvae")
     if "deconv1.0.weight" in state and "backbone._model.logits.conv3d.weight" in state:
         stem = state["backbone._model.Conv3d_1a_7x7.conv3d.weight"]
-        temporal = "full" if stem.shape[2] == 7 else "top_heavy"
+        temporal: Literal["full", "top_heavy"] = "full" if stem.shape[2] == 7 else "top_heavy"
         head, time = state["deconv1.0.weight"], state["Att_Head_5c.3.weight"].shape[0]
         module = Recognizer(
             ModelConfig(temporal=temporal),

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
 
 from ..configs.schema import DataConfig
@@ -36,7 +37,7 @@ def build(
     """
     on_gpu = device.type == "cuda"
 
-    @pipeline_def(
+    @pipeline_def(  # type: ignore[call-overload]
         batch_size=batch,
         num_threads=threads,
         device_id=(device.index or 0) if on_gpu else None,
@@ -54,7 +55,7 @@ def build(
             layout=["" if encoded else "FHWC", "", "", "", ""][: 5 if encoded else 4],
         )
         if encoded:
-            clip = fn.decoders.video(media, frames=frames[0], device="mixed" if on_gpu else "cpu")
+            clip: DataNode = fn.decoders.video(media, frames=frames[0], device="mixed" if on_gpu else "cpu")
         else:
             clip = media.gpu() if on_gpu else media
         clip = fn.resize(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from nvidia.dali.pipeline import Pipeline
 
 from ..configs.schema import DataConfig
 from ..errors import UserError
@@ -133,6 +134,7 @@ class Loader:
                 yield batch
                 return
             yield batch
+        self._drop_run()  # an evaluation is over: its memory is free until the next one
 
     def close(self) -> None:
         """Ends the threads and frees the pipeline's memory."""
@@ -161,7 +163,8 @@ class Loader:
         return plan.eval_samples(self.config, row, *self._shape(row), *self.views)[position % views]
 
     def _shape(self, row: int) -> tuple[int, int, int]:
-        return tuple(int(self.dataset.column(name)[row]) for name in ("num_frames", "width", "height"))
+        frames, width, height = (int(self.dataset.column(name)[row]) for name in ("num_frames", "width", "height"))
+        return frames, width, height
 
     def _order(self, epoch: int) -> np.ndarray:
         if getattr(self, "_order_of", None) != epoch:
@@ -206,15 +209,18 @@ class _Run:
 
     def __init__(self, loader: Loader):
         self._loader = loader
-        self._place = (loader.epoch, loader.batch)
+        self._place: tuple[int, int] | None = (loader.epoch, loader.batch)
         self._ahead: deque = deque()  # batches whose samples are being read
         self._inside: deque = deque()  # batches that the pipeline has
         share = -(-loader.batch_size // loader.world_size)
-        self._pipeline = graph.build(self._feed, loader.config, loader.decoder, loader.device, share, loader.threads)
+        self._pipeline: Pipeline | None = graph.build(
+            self._feed, loader.config, loader.decoder, loader.device, share, loader.threads
+        )
         self._fill()
 
     def next(self) -> Batch:
         stream = torch.cuda.current_stream(self._loader.device) if self._loader.device.type == "cuda" else None
+        assert self._pipeline is not None, "a closed run gives no more batches"
         (output,) = self._pipeline.run(stream)
         clips = torch.from_dlpack(output.as_tensor())  # (N,T,H,W,3)
         items, count, total = self._inside.popleft()

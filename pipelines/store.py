@@ -76,7 +76,7 @@ def decode_rgb(data: np.ndarray, frames: Iterable[int]) -> np.ndarray:
     reformatter = _reformatter()
     found: list[np.ndarray] = []
     try:
-        with av.open(io.BytesIO(data)) as container:
+        with av.open(io.BytesIO(data.data), mode="r") as container:
             container.streams.video[0].codec_context.thread_count = 1
             for number, frame in enumerate(container.decode(video=0)):
                 if number == order[len(found)]:

@@ -18,7 +18,7 @@ from ..errors import UserError
 Report = Callable[[Any], None]
 
 
-class Stopped(BaseException):
+class _Cancelled(BaseException):
     """Raised inside a worker when the run is being stopped."""
 
 
@@ -77,17 +77,19 @@ def _start_worker(events, stop) -> None:
 
 def _die_with_parent() -> None:
     """A parent that is killed outright leaves no orphan writing behind a later run's back."""
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "only worker processes wait for their parent"
+    multiprocessing.connection.wait([parent.sentinel])
     os._exit(1)
 
 
 def _run(function: Callable[[Any, Report], Any], task: Any) -> Any:
     def report(event: Any) -> None:
         if _worker["stop"].is_set():
-            raise Stopped
+            raise _Cancelled
         _worker["events"].put(event)
 
     try:
         return function(task, report)
-    except Stopped:
+    except _Cancelled:
         return None

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import av
 import cv2
@@ -193,7 +194,8 @@ def _write_videos(task: tuple[str, SynthSettings, list], report: engines.Report)
 def write_video(path: Path, frames: np.ndarray, fps: int) -> None:
     """frames (T,H,W,3) uint8 RGB as an MPEG-4 Part 2 AVI file, the codec and container of UCF101."""
     with av.open(str(path), "w", format="avi", options={"fflags": "+bitexact"}) as container:
-        stream = container.add_stream("mpeg4", rate=fps, options={"qmin": "2", "qmax": "5", "flags": "+bitexact"})
+        options = {"qmin": "2", "qmax": "5", "flags": "+bitexact"}
+        stream = cast(av.VideoStream, container.add_stream("mpeg4", rate=fps, options=options))
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
         stream.codec_context.codec_tag = "XVID"
         stream.codec_context.thread_count = 1

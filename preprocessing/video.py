@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Protocol, cast
 
 import av
 import av.filter
@@ -111,7 +111,7 @@ def transcode(path: str, sink: Sink, settings: VideoSettings, on_frame: Callable
 
 def decode_frames(payload: BinaryIO | str | Path) -> Iterator[av.VideoFrame]:
     """Every frame of a stored payload or of a slice of it (header + GOPs), in order."""
-    with av.open(payload if not isinstance(payload, Path) else str(payload)) as container:
+    with av.open(payload if not isinstance(payload, Path) else str(payload), "r") as container:
         yield from container.decode(video=0)
 
 
@@ -163,7 +163,7 @@ class _Frames:
 
 def _declared_seconds(container: av.container.InputContainer, stream: av.VideoStream) -> float:
     """How long the header says that the video stream is; 0 where it does not say."""
-    if stream.duration:
+    if stream.duration and stream.time_base:
         return float(stream.duration * stream.time_base)
     match = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
     if match:
@@ -251,7 +251,9 @@ def _filtered(
     shape, last = (first.width, first.height, first.format.name), first.pts
 
     def push(frame: av.VideoFrame) -> None:
-        if not frame.duration:  # without one, the rate filter takes the last frame to end where it begins
+        if (
+            not frame.duration and frame.time_base
+        ):  # without one, the rate filter takes the last frame to end where it begins
             frame.duration = max(1, round(1 / (rate * frame.time_base)))
         graph.vpush(frame)
 
@@ -277,7 +279,7 @@ class _Encoder:
     def __init__(self, sink: Sink, settings: VideoSettings, width: int, height: int, rate: Fraction, on_frame):
         self._container = av.open(sink, "w", format="mp4", options=_MUXER)
         name, pixel_format, options, gop = _codec_options(settings)
-        stream = self._container.add_stream(name, rate=rate, options=options)
+        stream = cast(av.VideoStream, self._container.add_stream(name, rate=rate, options=options))
         stream.width, stream.height, stream.pix_fmt = width, height, pixel_format
         stream.codec_context.gop_size = gop
         stream.codec_context.max_b_frames = 0
@@ -285,7 +287,8 @@ class _Encoder:
         stream.codec_context.time_base = 1 / rate
         self._stream, self._rate, self._on_frame = stream, rate, on_frame
         self._packets = 0
-        self.num_frames, self.key_frames = 0, []
+        self.num_frames = 0
+        self.key_frames: list[int] = []
 
     def write(self, frames: Iterator[av.VideoFrame]) -> None:
         for frame in frames:

@@ -129,7 +129,8 @@ class _Trainer:
 
     def evaluate(self, metrics: MetricsLog | None, epoch: int) -> None:
         """Scores the evaluation split and keeps in a checkpoint that this was done."""
-        model = self.phase.modules["recognizer"]
+        assert self.eval_loader is not None
+        model = self.phase.recognizer
         self.place.same_buffers(model)
         result = recognition.evaluate(model, self.eval_loader, self.place, self.stepper.dtype)
         if metrics:

@@ -266,6 +266,16 @@ def test_two_ranks_train_and_evaluate_together(tiny, data, tmp_path, phase, genk
     assert both["confusion"] == alone["confusion"] and both["loss"] == pytest.approx(alone["loss"], abs=1e-5)
 
 
+def test_bf16_follows_fp32_on_the_cpu(tiny, tmp_path):
+    for precision in ("fp32", "bf16"):
+        train(tiny("representation", f"precision={precision}", "epochs=1"), tmp_path / precision, quiet)
+    exact, fast = (losses(tmp_path / precision) for precision in ("fp32", "bf16"))
+    assert exact[0]["recognizer/class"] != fast[0]["recognizer/class"]
+    for a, b in zip(exact[:3], fast[:3], strict=True):
+        for name in ("recognizer/class", "recognizer/rec", "cvae/mse", "cvae/kl"):
+            assert b[name] == pytest.approx(a[name], rel=0.1)
+
+
 EVAL_MODE = """
 import sys
 from genkd.trainers.phases.base import Phase

@@ -59,9 +59,10 @@ class Phase:
         # The weights depend on the seed alone, so that runs of one seed start from the same network.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.modules: dict[str, nn.Module] = {"recognizer": self.card.build()}
+            self.recognizer = self.card.build()
+            self.modules: dict[str, nn.Module] = {"recognizer": self.recognizer}
             if self.uses_cvae:
-                self.modules["cvae"] = build_cvae(self.card.feature_shape)
+                self.modules["cvae"] = self.cvae = build_cvae(self.card.feature_shape)
         self.frozen: dict[str, nn.Module] = {}
         self.nets = dict(self.modules)
         if config.init:
@@ -74,13 +75,13 @@ class Phase:
                 f"init={place} has {len(card.classes)} other classes than the data set; train on the same one"
             )
         same_preprocessing(f"init={place}", card, self.card)
-        fresh = checkpoints.initialize_from(self.modules["recognizer"], place)
+        fresh = checkpoints.initialize_from(self.recognizer, place)
         log.info("started from %s; fresh weights: %s", place, ", ".join(fresh) or "none")
 
     def place(self, ranks: Ranks) -> None:
         """Moves everything to the rank's device and wraps what is trained for DDP."""
         for module in (*self.modules.values(), *self.frozen.values()):
-            module.to(ranks.device, memory_format=torch.channels_last_3d)
+            module.to(ranks.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         self.nets = {name: ranks.wrap(module) for name, module in self.modules.items()}
 
     def train(self) -> None:

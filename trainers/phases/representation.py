@@ -33,6 +33,7 @@ class Representation(Phase):
         return None, None
 
     def stages(self, batch: Batch, epoch: int, noise: Tensor | None) -> Iterator[Stage]:
+        assert noise is not None, "the loop draws noise for phases with a VAE"
         config = self.config.loss
         output = self.nets["recognizer"](batch.clips)
         features, attention = output.features[ENDPOINT], output.attention
@@ -52,7 +53,7 @@ class Representation(Phase):
             output.logits, batch.labels, label_smoothing=config.label_smoothing, compat=self.config.compat
         )
         # The VAE as stage A has just left it.
-        reconstruction = self.modules["cvae"].decode_frozen(attention, noise)
+        reconstruction = self.cvae.decode_frozen(attention, noise)
         yield Stage(
             "recognizer",
             losses.distillation(config, class_loss, epoch, features, reconstruction, attention, teacher_attention),
