@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -38,24 +39,63 @@ def run_local(
     context = multiprocessing.get_context("spawn")
     events, stop = context.Queue(), context.Event()
     pool = ProcessPoolExecutor(workers, context, _start_worker, (events, stop))
-    try:
-        pending = {pool.submit(_run, function, task) for task in tasks}
-        while pending:
-            done, pending = wait(pending, timeout=0.1, return_when=FIRST_COMPLETED)
+    with _interrupts_held_back() as raise_interrupt:
+        try:
+            with _interrupts_blocked():  # the processes that this starts inherit it: Ctrl-C is the parent's alone
+                pending = {pool.submit(_run, function, task) for task in tasks}
+            while pending:
+                done, pending = wait(pending, timeout=0.1, return_when=FIRST_COMPLETED)
+                _drain(events, on_report)
+                raise_interrupt()
+                for future in done:
+                    yield future.result()
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker process was killed (often by the system for lack of memory); what is finished is kept: "
+                "run the same command again, perhaps with fewer --workers"
+            ) from None
+        finally:
+            stop.set()
+            # Workers end only when their last reports are taken, so these are read while the pool shuts down.
+            closing = threading.Thread(target=pool.shutdown, kwargs={"wait": True, "cancel_futures": True})
+            closing.start()
+            while closing.is_alive():
+                _drain(events, on_report)
+                closing.join(0.02)
             _drain(events, on_report)
-            for future in done:
-                yield future.result()
-    except BrokenProcessPool:
-        raise UserError(
-            "a worker process was killed (often by the system for lack of memory); what is finished is kept: "
-            "run the same command again, perhaps with fewer --workers"
-        ) from None
+            events.close()
+            events.cancel_join_thread()
+
+
+@contextlib.contextmanager
+def _interrupts_held_back() -> Iterator[Callable[[], None]]:
+    """Gives a function that raises the KeyboardInterrupt of a Ctrl-C since the block began.
+
+    Raised anywhere else it could tear a message from a worker in two, or leave the pool half shut down.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    asked = threading.Event()
+    old = signal.signal(signal.SIGINT, lambda number, frame: asked.set())
+
+    def raise_interrupt() -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+
+    try:
+        yield raise_interrupt
     finally:
-        stop.set()
-        pool.shutdown(wait=True, cancel_futures=True)
-        _drain(events, on_report)
-        events.close()
-        events.cancel_join_thread()
+        signal.signal(signal.SIGINT, old)
+
+
+@contextlib.contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, old)
 
 
 def _drain(events, on_report: Report) -> None:
@@ -70,7 +110,6 @@ _worker: dict[str, Any] = {}
 
 
 def _start_worker(events, stop) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, through `stop`
     _worker.update(events=events, stop=stop)
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
