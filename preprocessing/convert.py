@@ -20,7 +20,7 @@ from ..errors import UserError, explain_os_error
 from ..files import locked, remove_leftovers, replacing, write_atomically, write_json
 from . import engines, shards
 from .sources import Rejection, SourceList, SourceVideo, printable
-from .video import VideoError, VideoSettings, transcode
+from .video import VideoError, VideoSettings
 
 TARGET_SHARD_BYTES = 256 << 20  # of source files
 MIN_SHARDS = 16  # a data set, so that a small one still spreads over workers
@@ -217,7 +217,7 @@ def _add_video(
 
     stem = shards.tar_name(video.key)
     with writer.member(f"{stem}.mp4") as payload:
-        encoded = transcode(video.path, payload, task.settings, on_frame)
+        encoded = task.settings.encode(video, payload, on_frame)
         try:
             header_size, offsets = shards.gop_table(payload.boxes(), payload.size)
         except shards.Corrupt as error:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import google_crc32c
 import numpy as np
@@ -56,6 +56,32 @@ ERROR_SCHEMA = pa.schema([("path", pa.string()), ("stage", pa.string()), ("reaso
 
 class Corrupt(UserError):
     """Stored bytes that are not what the index says; the text names key, shard and what differs."""
+
+
+class Sink(Protocol):
+    """Where encoded bytes go, in order; reset forgets all of them."""
+
+    def write(self, data: bytes) -> int: ...
+
+    def reset(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What was written. gop_frames: first frame of each GOP, then the number of frames.
+
+    reencoded: why a source that was to be copied was encoded instead.
+    """
+
+    width: int
+    height: int
+    fps: float
+    num_frames: int
+    gop_frames: tuple[int, ...]
+    codec: str
+    source_fps: float
+    source_frames: int
+    reencoded: str | None = None
 
 
 class ShardWriter:
@@ -112,6 +138,12 @@ class Payload:
         self.size += len(data)
         self.crc32c = google_crc32c.extend(self.crc32c, data)
         return len(data)
+
+    def reset(self) -> None:
+        """Forgets what was written, so that the member can be written again."""
+        self._file.seek(self.offset)
+        self._file.truncate()
+        self.size, self.crc32c = 0, 0
 
     def boxes(self) -> list[tuple[str, int, int]]:
         """(type, offset from the payload's start, size) of the top-level MP4 boxes (ISO/IEC 14496-12)."""

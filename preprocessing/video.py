@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import BinaryIO, Protocol, cast
+from typing import BinaryIO, cast
 
 import av
-import av.filter
 
 from ..errors import UserError
+from .decoding import Frames, VideoError, build_graph, filtered, is_turned, open_frames, upright_filters
+from .remux import Misfit, remux
+from .shards import Encoded, Sink
+from .sources import SourceVideo
 
-CODECS = ("h264", "vp9", "mjpeg")
+CODECS = ("h264", "hevc", "vp9", "mjpeg", "copy")
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow", "placebo")
 # One fragment a key frame; no trailing index, so that the payload ends with its last GOP.
-_MUXER = {"movflags": "frag_keyframe+empty_moov+default_base_moof+skip_trailer", "fflags": "+bitexact"}
+MUXER = {"movflags": "frag_keyframe+empty_moov+default_base_moof+skip_trailer", "fflags": "+bitexact"}
 
 
 @dataclass(frozen=True)
 class VideoSettings:
-    """How videos are stored. short_side: pixels, 0 keeps the source's size; fps: None keeps the source's rate."""
+    """How videos are stored. short_side: pixels, 0 keeps the source's size; fps: None keeps the source's rate.
+
+    size: "WIDTHxHEIGHT" stretches to exactly that, whatever the shape; it wins over short_side. codec "copy" takes
+    sources that already fit as they are.
+    """
 
     codec: str = "h264"
     short_side: int = 256
@@ -33,6 +39,7 @@ class VideoSettings:
     gop: int = 16
     crf: int | None = None
     preset: str = "medium"
+    size: str | None = None
 
     def __post_init__(self) -> None:
         if self.codec not in CODECS:
@@ -47,65 +54,70 @@ class VideoSettings:
             raise UserError(f"unknown preset {self.preset!r}; x264 has {', '.join(PRESETS)}")
         if self.crf is not None and not 0 <= self.crf <= 63:
             raise UserError(f"crf {self.crf} is not between 0 and 63")
+        if self.size is not None:
+            match = re.fullmatch(r"(\d+)x(\d+)", self.size)
+            if not match or not all(16 <= int(side) <= 8192 and int(side) % 2 == 0 for side in match.groups()):
+                raise UserError(f"size {self.size!r} is not WIDTHxHEIGHT with even sides of 16 to 8192, e.g. 112x112")
+
+    @property
+    def exact_size(self) -> tuple[int, int]:
+        """(width, height) of `size`."""
+        width, height = (self.size or "0x0").split("x")
+        return int(width), int(height)
+
+    def encode(self, video: SourceVideo, sink: Sink, on_frame: Callable[[], None]) -> Encoded:
+        """What a conversion calls for every source: see the function of the same name."""
+        return encode(video, sink, self, on_frame)
 
 
-class VideoError(Exception):
-    """A source that cannot be converted: the stage that failed (open, decode, encode) and the reason."""
+def encode(
+    video: SourceVideo, sink: Sink, settings: VideoSettings, on_frame: Callable[[], None] = lambda: None
+) -> Encoded:
+    """Writes one source to `sink` as `settings` say: transcoded, or copied where codec is "copy" and the source fits.
 
-    def __init__(self, stage: str, reason: str):
-        super().__init__(reason)
-        self.stage, self.reason = stage, reason
-
-
-class Sink(Protocol):
-    """Where encoded bytes go, in order."""
-
-    def write(self, data: bytes) -> int: ...
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """What was written. gop_frames: first frame of each GOP, then the number of frames."""
-
-    width: int
-    height: int
-    fps: float
-    num_frames: int
-    gop_frames: tuple[int, ...]
-    codec: str
-    source_fps: float
-    source_frames: int
-
-
-def transcode(path: str, sink: Sink, settings: VideoSettings, on_frame: Callable[[], None] = lambda: None) -> Encoded:
-    """Writes the first video stream of `path` to `sink` as 8-bit yuv420p at a constant frame rate.
-
-    Output colour is BT.601 (limited range for h264 and vp9, full range for mjpeg), square pixels, even sides.
-    on_frame is called for every written frame and may raise to stop. One thread is used, so that the bytes do not
-    depend on the machine's load. Raises VideoError for a source that is no usable video.
+    A source that does not fit is encoded as H.264, and the result's `reencoded` says why. Raises VideoError.
     """
-    with _open(path) as container:
-        stream = container.streams.video[0]
-        stream.codec_context.thread_count = 1
-        rate = _output_rate(stream, settings)
-        source = _Frames(container, stream)
-        frames = iter(source)
-        first = next(frames, None)
-        if first is None:
-            raise VideoError("decode", "the video stream holds no frame that can be decoded")
-        width, height = _output_size(first, stream.sample_aspect_ratio, settings.short_side)
+    if settings.codec != "copy":
+        return transcode(video, sink, settings, on_frame)
+    try:
+        return remux(video, sink, settings, MUXER, on_frame)
+    except Misfit as misfit:
+        sink.reset()
+        return replace(transcode(video, sink, replace(settings, codec="h264"), on_frame), reencoded=str(misfit))
+
+
+def transcode(
+    video: SourceVideo, sink: Sink, settings: VideoSettings, on_frame: Callable[[], None] = lambda: None
+) -> Encoded:
+    """Writes the frames of a source to `sink` as 8-bit yuv420p at a constant frame rate, deinterlaced and upright.
+
+    Output colour is BT.601 (limited range, full range for mjpeg), square pixels, even sides. on_frame is called for
+    every written frame and may raise to stop. One thread is used, so that the bytes do not depend on the machine's
+    load. Raises VideoError for a source that is no usable video.
+    """
+    with open_frames(video) as frames:
+        rate = _output_rate(frames, settings)
+        width, height = _output_size(frames, settings)
+        colour = f"out_color_matrix=bt601:out_range={'full' if settings.codec == 'mjpeg' else 'limited'}"
+        filters = [
+            *upright_filters(frames),
+            ("fps", f"fps={rate.numerator}/{rate.denominator}"),
+            ("scale", f"{width}:{height}:flags=bicubic+accurate_rnd:{colour}"),
+            ("setsar", "1"),
+            ("format", "yuvj420p" if settings.codec == "mjpeg" else "yuv420p"),
+        ]
         try:
-            graph = _graph(stream, first, width, height, rate, settings.codec)
+            graph = build_graph(frames, filters)
             with contextlib.closing(_Encoder(sink, settings, width, height, rate, on_frame)) as encoder:
-                encoder.write(_filtered(graph, first, frames, rate))
+                encoder.write(filtered(graph, frames))
         except av.FFmpegError as error:
             raise VideoError(
                 "encode", f"cannot be encoded as {settings.codec} {width}x{height} ({error.strerror})"
             ) from None
-        source.refuse_damaged()
+        frames.refuse_damaged()
         return Encoded(
             width, height, float(rate), encoder.num_frames, (*encoder.key_frames, encoder.num_frames),
-            settings.codec, float(stream.average_rate or rate), source.count,
+            settings.codec, float(frames.rate or rate), frames.count,
         )  # fmt: skip
 
 
@@ -115,169 +127,40 @@ def decode_frames(payload: BinaryIO | str | Path) -> Iterator[av.VideoFrame]:
         yield from container.decode(video=0)
 
 
-class _Frames:
-    """Decoded frames in presentation order, and how much of the stream they make up.
-
-    Damaged packets are passed over as FFmpeg does; refuse_damaged judges them when all is read.
-    """
-
-    def __init__(self, container: av.container.InputContainer, stream: av.VideoStream):
-        self._container, self._stream = container, stream
-        self.count, self._packets, self._damaged, self._end = 0, 0, 0, 0.0  # _end: seconds
-
-    def __iter__(self) -> Iterator[av.VideoFrame]:
-        packets = self._container.demux(self._stream)
-        while True:
-            try:
-                packet = next(packets)
-            except (StopIteration, av.error.EOFError):
-                return
-            except av.FFmpegError as error:
-                raise VideoError("decode", f"the file cannot be read to its end ({error.strerror})") from None
-            self._packets += bool(packet.size)
-            try:
-                frames = packet.decode()
-            except av.error.InvalidDataError:
-                self._damaged += 1
-                continue
-            except av.FFmpegError as error:
-                raise VideoError("decode", f"the video stream cannot be decoded ({error.strerror})") from None
-            for frame in frames:
-                if frame.width and frame.height:
-                    self.count += 1
-                    self._end = max(self._end, frame.time or 0.0)
-                    yield frame
-
-    def refuse_damaged(self) -> None:
-        """Raises VideoError for a file that ends early, which many containers do not report, or is largely damaged."""
-        declared, seconds = self._stream.frames, _declared_seconds(self._container, self._stream)
-        if declared:
-            # Packets, not frames: trimming without encoding leaves frames that an edit list hides.
-            if declared - self._packets > max(2, 0.05 * declared):
-                raise VideoError("decode", f"cut off or damaged: {self._packets} of {declared} frames are there")
-        elif seconds and self._end < 0.8 * seconds - 0.3:
-            raise VideoError("decode", f"cut off or damaged: it ends after {self._end:.1f} of {seconds:.1f} seconds")
-        if self._damaged > max(2, 0.05 * self._packets):
-            raise VideoError("decode", f"damaged: {self._damaged} of {self._packets} packets cannot be decoded")
-
-
-def _declared_seconds(container: av.container.InputContainer, stream: av.VideoStream) -> float:
-    """How long the header says that the video stream is; 0 where it does not say."""
-    if stream.duration and stream.time_base:
-        return float(stream.duration * stream.time_base)
-    match = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
-    if match:
-        return int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3])
-    # The container's own length may be that of another stream.
-    return container.duration / av.time_base if container.duration and len(container.streams) == 1 else 0.0
-
-
-def _open(path: str) -> av.container.InputContainer:
-    try:
-        if os.path.getsize(path) == 0:
-            raise VideoError("open", "the file is empty")
-        container = av.open(path, metadata_errors="replace")
-    except PermissionError:
-        raise VideoError("open", "no permission to read the file") from None
-    except FileNotFoundError:
-        raise VideoError("open", "the file is gone, or its link points nowhere") from None
-    except (av.FFmpegError, OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise VideoError("open", f"not a video that FFmpeg can read, or cut off before its index ({reason})") from None
-    if not container.streams.video:
-        found = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
-        container.close()
-        raise VideoError("open", f"no video stream in the file (it holds {found})")
-    return container
-
-
-def _output_rate(stream: av.VideoStream, settings: VideoSettings) -> Fraction:
+def _output_rate(frames: Frames, settings: VideoSettings) -> Fraction:
     if settings.fps is not None:
         return Fraction(settings.fps).limit_denominator(1001)
-    rate = stream.average_rate or stream.guessed_rate
-    if not rate or not 0 < rate <= 1000:
-        raise VideoError("open", f"the video states no usable frame rate ({rate}); give one with --fps")
-    return Fraction(rate).limit_denominator(100_000)
+    if frames.rate is None:
+        raise VideoError("open", "the video states no usable frame rate; give one with --fps")
+    return frames.rate.limit_denominator(100_000)
 
 
-def _output_size(frame: av.VideoFrame, pixel_aspect: Fraction | None, short_side: int) -> tuple[int, int]:
-    """Width and height in square pixels, even, the short side as asked for."""
-    aspect = Fraction(pixel_aspect or 1)
-    if not Fraction(1, 4) <= aspect <= 4:  # a nonsensical header value
-        aspect = Fraction(1)
-    width, height = float(frame.width * aspect), float(frame.height)
-    scale = short_side / min(width, height) if short_side else 1.0
+def _output_size(frames: Frames, settings: VideoSettings) -> tuple[int, int]:
+    """Width and height in square pixels, even, as asked for."""
+    if settings.size:
+        return settings.exact_size
+    first = frames.first
+    width, height = float(first.width * frames.pixel_aspect), float(first.height)
+    if is_turned(frames):
+        width, height = height, width
+    if settings.short_side and first.format.name == "gray" and frames.codec == "npy":
+        raise VideoError("open", "flow cannot be scaled once it is computed; use --short-side 0")
+    scale = settings.short_side / min(width, height) if settings.short_side else 1.0
 
     def even(value: float) -> int:
         return max(2, 2 * math.floor(value * scale / 2 + 0.5))
 
     width, height = even(width), even(height)
     if max(width, height) > 16 * min(width, height):
-        raise VideoError("decode", f"frames of {frame.width}x{frame.height} are too narrow to be a video")
+        raise VideoError("decode", f"frames of {first.width}x{first.height} are too narrow to be a video")
     return width, height
-
-
-def _graph(stream, frame, width: int, height: int, rate: Fraction, codec: str) -> av.filter.Graph:
-    """Constant frame rate, size and colour through FFmpeg's own filters."""
-    pixel_range = "full" if codec == "mjpeg" else "limited"
-    graph = av.filter.Graph()
-    nodes = [
-        graph.add_buffer(
-            width=frame.width, height=frame.height, format=frame.format, time_base=stream.time_base,
-            name="in",
-        ),
-        graph.add("fps", f"fps={rate.numerator}/{rate.denominator}"),
-        graph.add(
-            "scale", f"{width}:{height}:flags=bicubic+accurate_rnd:out_color_matrix=bt601:out_range={pixel_range}"
-        ),
-        graph.add("setsar", "1"),
-        graph.add("format", "yuvj420p" if codec == "mjpeg" else "yuv420p"),
-        graph.add("buffersink"),
-    ]  # fmt: skip
-    graph.link_nodes(*nodes).configure()
-    return graph
-
-
-def _filtered(
-    graph: av.filter.Graph, first: av.VideoFrame, rest: Iterator[av.VideoFrame], rate: Fraction
-) -> Iterator[av.VideoFrame]:
-    def ready() -> Iterator[av.VideoFrame]:
-        while True:
-            try:
-                yield graph.vpull()
-            except (av.error.BlockingIOError, av.error.EOFError):
-                return
-
-    shape, last = (first.width, first.height, first.format.name), first.pts
-
-    def push(frame: av.VideoFrame) -> None:
-        if (
-            not frame.duration and frame.time_base
-        ):  # without one, the rate filter takes the last frame to end where it begins
-            frame.duration = max(1, round(1 / (rate * frame.time_base)))
-        graph.vpush(frame)
-
-    push(first)
-    yield from ready()
-    for frame in rest:
-        if (frame.width, frame.height, frame.format.name) != shape:
-            raise VideoError(
-                "decode", f"the frame size changes from {shape[0]}x{shape[1]} to {frame.width}x{frame.height}"
-            )
-        if frame.pts is not None and last is not None and frame.pts <= last:
-            continue  # a repeated or stepped-back time stamp would be dropped by the rate filter with a warning a frame
-        last = frame.pts
-        push(frame)
-        yield from ready()
-    graph.vpush(None)
-    yield from ready()
 
 
 class _Encoder:
     """One video stream into a fragmented MP4; remembers where its GOPs begin."""
 
     def __init__(self, sink: Sink, settings: VideoSettings, width: int, height: int, rate: Fraction, on_frame):
-        self._container = av.open(sink, "w", format="mp4", options=_MUXER)
+        self._container = av.open(sink, "w", format="mp4", options=MUXER)
         name, pixel_format, options, gop = _codec_options(settings)
         stream = cast(av.VideoStream, self._container.add_stream(name, rate=rate, options=options))
         stream.width, stream.height, stream.pix_fmt = width, height, pixel_format
@@ -327,6 +210,14 @@ def _codec_options(settings: VideoSettings) -> tuple[str, str, dict[str, str], i
             {"preset": settings.preset, "tune": "fastdecode", "crf": str(crf), "x264-params": params},
             settings.gop,
         )
+    if settings.codec == "hevc":
+        crf = 28 if settings.crf is None else settings.crf
+        params = (
+            f"keyint={gop}:min-keyint={gop}:scenecut=0:bframes=0:open-gop=0:pools=none:frame-threads=1:"
+            "repeat-headers=0:info=0:log-level=error"
+        )
+        options = {"preset": settings.preset, "crf": str(crf), "x265-params": params, "tag": "hvc1"}
+        return "libx265", "yuv420p", options, settings.gop
     if settings.codec == "vp9":
         # No look-ahead and no hidden alternate reference frames: every packet is one shown frame.
         crf = 33 if settings.crf is None else settings.crf

@@ -9,7 +9,12 @@ import pytest
 
 from genkd.errors import UserError
 from genkd.preprocessing.shards import Payload, gop_table
+from genkd.preprocessing.sources import SourceVideo
 from genkd.preprocessing.video import VideoError, VideoSettings, decode_frames, transcode
+
+
+def source(path, **more) -> SourceVideo:
+    return SourceVideo("key", str(path), "train", 0, 0, **more)
 
 
 class Memory(Payload):
@@ -47,7 +52,7 @@ def numbers(frames) -> list[int]:
 def test_every_frame_survives_in_order_with_closed_gops(tmp_path, codec):
     sink = Memory()
     encoded = transcode(
-        str(counting_video(tmp_path / "a.mp4")), sink, VideoSettings(codec, short_side=48, gop=16, crf=10)
+        source(counting_video(tmp_path / "a.mp4")), sink, VideoSettings(codec, short_side=48, gop=16, crf=10)
     )
     assert (encoded.num_frames, encoded.source_frames, encoded.fps) == (40, 40, 25.0)
     assert (encoded.width, encoded.height) == (64, 48)
@@ -71,7 +76,7 @@ def test_the_same_source_gives_the_same_bytes(tmp_path):
     path = str(counting_video(tmp_path / "a.mp4"))
     first, second = Memory(), Memory()
     for sink in (first, second):
-        transcode(path, sink, VideoSettings(short_side=48))
+        transcode(source(path), sink, VideoSettings(short_side=48))
     assert first.data == second.data and first.crc32c == second.crc32c
 
 
@@ -79,7 +84,7 @@ def test_the_same_source_gives_the_same_bytes(tmp_path):
 def test_fps_picks_or_repeats_frames_by_time(tmp_path, fps, expected):
     sink = Memory()
     settings = VideoSettings("mjpeg", short_side=48, fps=fps, crf=2)
-    encoded = transcode(str(counting_video(tmp_path / "a.mp4")), sink, settings)
+    encoded = transcode(source(counting_video(tmp_path / "a.mp4")), sink, settings)
     assert encoded.fps == fps
     got, expected = numbers(decode_frames(io.BytesIO(sink.data))), list(expected)
     assert abs(len(got) - len(expected)) <= 1
@@ -92,7 +97,7 @@ def test_variable_frame_rate_becomes_constant(tmp_path):
     times = [40 * n for n in range(20)] + [800 + 120 * n for n in range(10)]
     path = counting_video(tmp_path / "a.mkv", frames=30, times=times, codec="libx264")
     sink = Memory()
-    encoded = transcode(str(path), sink, VideoSettings("mjpeg", short_side=48, fps=25.0, crf=2))
+    encoded = transcode(source(path), sink, VideoSettings("mjpeg", short_side=48, fps=25.0, crf=2))
     got = numbers(decode_frames(io.BytesIO(sink.data)))
     assert abs(encoded.num_frames - 50) <= 3
     assert got[:20] == list(range(20))
@@ -106,7 +111,7 @@ def test_variable_frame_rate_becomes_constant(tmp_path):
 def test_the_short_side_is_as_asked_and_sides_are_even(tmp_path, size, short_side, expected):
     sink = Memory()
     encoded = transcode(
-        str(counting_video(tmp_path / "a.mp4", 3, size=size)), sink, VideoSettings(short_side=short_side)
+        source(counting_video(tmp_path / "a.mp4", 3, size=size)), sink, VideoSettings(short_side=short_side)
     )
     assert (encoded.width, encoded.height) == expected
     assert next(decode_frames(io.BytesIO(sink.data))).width == expected[0]
@@ -157,7 +162,7 @@ def test_a_source_that_is_no_usable_video_is_told_apart(tmp_path, name, make, st
     path = tmp_path / name
     make(path)
     with pytest.raises(VideoError) as caught:
-        transcode(str(path), Memory(), VideoSettings(short_side=48))
+        transcode(source(path), Memory(), VideoSettings(short_side=48))
     assert caught.value.stage == stage
     assert words in caught.value.reason
 
@@ -169,7 +174,7 @@ def test_a_video_trimmed_without_encoding_is_taken(tmp_path):
     path = counting_video(tmp_path / "a.mp4", 100, codec="libx264")
     cut = ["ffmpeg", "-v", "error", "-ss", "2.9", "-i", path, "-c", "copy", tmp_path / "b.mp4"]
     subprocess.run(cut, check=True)
-    encoded = transcode(str(tmp_path / "b.mp4"), Memory(), VideoSettings(short_side=48))
+    encoded = transcode(source(tmp_path / "b.mp4"), Memory(), VideoSettings(short_side=48))
     assert 25 <= encoded.num_frames <= 28
 
 
@@ -178,7 +183,7 @@ def test_a_video_trimmed_without_encoding_is_taken(tmp_path):
 def test_the_last_frame_is_kept(tmp_path, name, frames):
     """FLV states no duration for its frames."""
     path = counting_video(tmp_path / name, frames, codec="flv1" if name == "a.flv" else "mpeg4")
-    assert transcode(str(path), Memory(), VideoSettings(short_side=48)).num_frames == frames
+    assert transcode(source(path), Memory(), VideoSettings(short_side=48)).num_frames == frames
 
 
 @pytest.mark.real
@@ -189,7 +194,7 @@ def test_real_sources_look_as_ffmpeg_decodes_them(real_data, tmp_path, name):
     """Against FFmpeg's command line with the same scaling to RGB; two encoders' losses aside, frames agree."""
     path = real_data / "clips" / name
     sink = Memory()
-    encoded = transcode(str(path), sink, VideoSettings("mjpeg", short_side=0, crf=2))
+    encoded = transcode(source(path), sink, VideoSettings("mjpeg", short_side=0, crf=2))
     ours = np.stack([frame.to_ndarray(format="rgb24") for frame in decode_frames(io.BytesIO(sink.data))])
     try:
         command = [
