@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     A reader sees all of the file or nothing of it, also after a power cut; if the block raises, nothing is left.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     try:
         yield temporary
         _sync(temporary)
@@ -40,26 +41,28 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Deletes what a killed process left half written by replacing()."""
-    for path in folder.glob(".*.tmp"):
-        path.unlink(missing_ok=True)
+def remove_leftovers(folder: Path, stem: str = "") -> None:
+    """Deletes what a killed process left half written by replacing(): of files whose names begin so, or of all."""
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if path.name.startswith(f".{stem}") and path.name.endswith(".tmp"):
+                path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def locked(folder: Path, busy: str) -> Iterator[None]:
+def locked(folder: Path, busy: str, name: str = ".lock", shared: bool = False) -> Iterator[None]:
     """Makes the folder and locks it against other processes; the lock goes with the process, however it ends.
 
-    Raises UserError with the text `busy` if another process holds it.
+    shared: only against those that lock it unshared. Raises UserError with the text `busy` if it is held.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        handle = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise UserError(explain_os_error(error, f"creating {folder}")) from None
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(busy) from None
         yield

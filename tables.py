@@ -22,7 +22,12 @@ def inspection_tables(found: dict[str, Any]) -> list[Table]:
     """The splits, the classes and the spread of sizes of a data set."""
     video = found["video"]
     splits = _table(
-        f"{found['name']}: {video['codec']}, {found['shards']} shards", "split", "videos", "frames", "duration", "size"
+        f"{found['name']}: {found['modality']}, {video['codec']}, {found['shards']} shards",
+        "split",
+        "videos",
+        "frames",
+        "duration",
+        "size",
     )
     for name, entry in found["splits"].items():
         splits.add_row(
@@ -44,6 +49,25 @@ def inspection_tables(found: dict[str, Any]) -> list[Table]:
             rejected.add_row(stage, str(count))
         tables.append(rejected)
     return tables
+
+
+def estimate_tables(found: dict[str, Any]) -> list[Table]:
+    """A dry run's plan, and what it expects."""
+    plan = _table("plan", "what", "found")
+    plan.add_row("sources", f"{found['videos']:,} videos, {_bytes(found['source_bytes'])}, {found['classes']} classes")
+    plan.add_row("splits", ", ".join(f"{name} {count:,}" for name, count in found["splits"].items()))
+    plan.add_row("shards", f"{found['shards']:,}")
+    for reason, count in list(found["rejected"].items())[:8]:
+        plan.add_row("left out", f"{count:,}: {reason}")
+    sample, expected = found["sample"], found["estimate"]
+    failed = f", {sample['failed']} of them cannot be converted" if sample["failed"] else ""
+    plan.add_row("sample", f"{sample['videos']} videos in {sample['seconds']:.1f} s{failed}")
+    if expected:
+        plan.add_row("data set", f"about {_bytes(expected['bytes'])}")
+        plan.add_row("time", f"about {_duration(expected['seconds'])} with {expected['workers']} workers")
+    else:
+        plan.add_row("data set", "none of the sample could be converted")
+    return [plan]
 
 
 def recognition_tables(values: dict[str, Any]) -> list[Table]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
+import io
 import json
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +19,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..errors import UserError, explain_os_error
-from ..files import locked, remove_leftovers, replacing, write_atomically, write_json
-from . import engines, shards
+from ..storage import LocalStorage, Storage, storage_at
+from . import engines, shards, verify
+from .decoding import VideoError
+from .export import dali_index
+from .plan import adopt, read_plan, scan_rejections
 from .sources import Rejection, SourceList, SourceVideo, printable
-from .video import VideoError, VideoSettings
 
-TARGET_SHARD_BYTES = 256 << 20  # of source files
-MIN_SHARDS = 16  # a data set, so that a small one still spreads over workers
-_ERRORS = b"genkd.errors"
+_FINGERPRINT, _ERRORS, _REENCODED = b"genkd.fingerprint", b"genkd.errors", b"genkd.reencoded"
 
 
 @dataclass(frozen=True)
@@ -35,177 +37,179 @@ class Progress:
     rejected: int = 0
     frames: int = 0
 
+    def __neg__(self) -> Progress:
+        return Progress(-self.videos, -self.rejected, -self.frames)
+
 
 @dataclass(frozen=True)
 class ShardTask:
-    """The videos of one shard, in order."""
+    """The videos of one shard, in order. settings: how each is encoded, by a method `encode(video, sink, on_frame)`."""
 
     name: str
     out: str
     root: str
     classes: tuple[str, ...]
     videos: tuple[SourceVideo, ...]
-    settings: VideoSettings
+    settings: Any
     fail_fast: bool
+    fingerprint: str
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A finished conversion."""
+    """A finished conversion. info is None for a slice, which leaves the index to merge(). repaired: shards rebuilt."""
 
-    out: Path
-    info: dict[str, Any]
+    out: str
+    info: dict[str, Any] | None
     rejected: list[Rejection]
     resumed_shards: int
     unused_classes: list[str]
+    repaired: tuple[str, ...] = ()
 
 
 def convert(
     source: SourceList,
-    out: Path,
-    settings: VideoSettings,
+    out: str | Path,
+    settings: Any,
     *,
-    workers: int,
+    workers: int | None,
+    engine: str = "local",
+    address: str | None = None,
+    part: tuple[int, int] | None = None,
+    refresh: bool = False,
+    repair: bool = False,
     on_error: str = "skip",
     on_start: Callable[[int, int], None] = lambda total, done: None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Summary:
-    """Writes the data set `out` (format version 1) from the videos of `source`.
+    """Writes the data set `out` (a path or fsspec URL; format version 1) from the videos of `source`.
 
     Which video goes to which shard is fixed before any work, so a killed and resumed run ends with the same bytes as
-    an undisturbed one, for any number of workers. on_error: "skip" records a bad source in errors.parquet, "fail"
-    stops at the first one. on_start gets the number of videos and how many earlier runs finished.
+    an undisturbed one, on any engine ("local" or "ray" at `address`) with any number of workers. part: (k, n) writes
+    every n-th shard, from the k-th, and no index. refresh: convert sources again that changed. repair: check every
+    finished shard and rebuild damaged ones. on_error: "skip" records a bad source in errors.parquet, "fail" stops at
+    the first one. on_start gets the number of videos and how many earlier runs finished.
     Raises UserError if `out` belongs to another conversion or is being written, or if no video can be used.
     """
-    out = Path(out).absolute()
+    storage = storage_at(out)
     if not source.videos:
         raise UserError(f"{source.root} holds no video to convert")
-    if out == source.root or source.root in out.parents:
-        raise UserError(f"{out} lies inside the source {source.root}; choose a folder outside it")
-    with locked(out, f"another run is writing {out}; wait for it, or stop it first"):
-        plan, assignment = _plan(source, settings)
-        _adopt(out, plan)
-        (out / "shards").mkdir(exist_ok=True)
-        for folder in (out, out / "shards"):
-            remove_leftovers(folder)
-        pending = {name: videos for name, videos in assignment.items() if not _is_done(out, name)}
-        finished = len(assignment) - len(pending)
-        on_start(len(source.videos), len(source.videos) - sum(map(len, pending.values())))
+    _refuse_inside(storage, source.root)
+    run = engines.engine(engine, workers, address)
+    with _explained(storage), storage.locked(f"slice-{part[0]}-of-{part[1]}" if part else ""):
+        plan = adopt(storage, source, settings, refresh=refresh)
+        names = [name for number, name in enumerate(plan.shards) if not part or number % part[1] == part[0] - 1]
+        if part is None:
+            storage.remove_leftovers("")
+            storage.remove_leftovers("shards")
+        else:
+            for name in names:
+                storage.remove_leftovers("shards", name)
+        prints = {name: plan.fingerprint(name) for name in names}
+        done = _finished(storage, prints)
+        damaged = verify.damaged_shards(storage, sorted(done), engines.engine("local", workers)) if repair else []
+        for name in damaged:
+            storage.delete(f"shards/{name}.parquet")
+        pending = [name for name in names if name not in done or name in damaged]
+        total = sum(len(plan.shards[name]) for name in names)
+        on_start(total, total - sum(len(plan.shards[name]) for name in pending))
+        # Long shards first, so that the workers end together.
+        pending.sort(key=lambda name: -sum(video.size for video in plan.shards[name]))
         tasks = [
-            ShardTask(name, str(out), str(source.root), source.classes, videos, settings, on_error == "fail")
-            for name, videos in pending.items()
-        ]
-        try:
-            for _ in engines.run_local(_convert_shard, tasks, min(workers, len(tasks)), on_progress):
-                pass
-            info, rejected = _write_index(out, source, plan, list(assignment))
-        except OSError as error:
-            raise UserError(explain_os_error(error, f"writing {out}")) from None
-    unused = _unused_classes(out, source.classes)
-    return Summary(out, info, rejected, finished, unused)
-
-
-def _plan(source: SourceList, settings: VideoSettings) -> tuple[dict[str, Any], dict[str, tuple[SourceVideo, ...]]]:
-    """plan.json's content, and the videos of each shard.
-
-    Video i of a split goes to shard i modulo their number: sorted sources have their classes in runs, and a shard
-    should hold a mixture of them.
-    """
-    digest = hashlib.sha256()
-    by_split: dict[str, list[SourceVideo]] = {}
-    for video in source.videos:
-        digest.update(f"{video.key}\t{video.split}\t{video.label}\t{video.size}\n".encode())
-        by_split.setdefault(video.split, []).append(video)
-    total = sum(video.size for video in source.videos)
-    target = max(1, min(TARGET_SHARD_BYTES, -(-total // MIN_SHARDS)))
-    assignment: dict[str, tuple[SourceVideo, ...]] = {}
-    for split in sorted(by_split):
-        videos = by_split[split]
-        number = min(len(videos), max(1, -(-sum(video.size for video in videos) // target)))
-        for index in range(number):
-            assignment[f"{split}-{index:05d}"] = tuple(videos[index::number])
-    plan = {
-        "format_version": shards.FORMAT_VERSION,
-        "name": source.name,
-        "classes": list(source.classes),
-        "video": dataclasses.asdict(settings),
-        "sources": {"videos": len(source.videos), "bytes": total, "sha256": digest.hexdigest()},
-        "shards": {split: sum(name.startswith(split + "-") for name in assignment) for split in sorted(by_split)},
-    }
-    return plan, assignment
-
-
-def _adopt(out: Path, plan: dict[str, Any]) -> None:
-    """Begins an empty folder with this plan, or continues a folder that has the same one."""
-    path = out / "plan.json"
-    if not path.exists():
-        strangers = sorted(
-            entry.name for entry in out.iterdir() if entry.name != ".lock" and not entry.name.endswith(".tmp")
-        )
-        if strangers:
-            raise UserError(
-                f"{out} is not empty and holds no genkd data set (found {strangers[0]!r}); choose another folder"
+            ShardTask(
+                name, storage.name, str(source.root), source.classes, plan.shards[name], settings, on_error == "fail",
+                prints[name],
             )
-        write_json(path, plan)
-        return
+            for name in pending
+        ]  # fmt: skip
+        for _ in run(_convert_shard, tasks, on_progress):
+            pass
+        if part:
+            return Summary(storage.name, None, _shard_rejections(storage, names), len(names) - len(pending), [])
+        return _finish(storage, len(names) - len(pending), tuple(damaged))
+
+
+def merge(out: str | Path) -> Summary:
+    """Writes the index of a data set whose slices are all finished. Raises UserError naming shards that are missing."""
+    storage = storage_at(out)
+    with _explained(storage), storage.locked():
+        return _finish(storage, 0, ())
+
+
+@contextlib.contextmanager
+def _explained(storage: Storage):
     try:
-        old = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise UserError(f"{path} is damaged; delete {out} and run again") from None
-    changed = _changed(old, plan)
-    if changed:
-        raise UserError(
-            f"{out} was begun with other settings ({'; '.join(changed[:4])}); choose another folder, "
-            "delete that one, or use the same settings to continue it"
-        )
+        yield
+    except OSError as error:
+        raise UserError(explain_os_error(error, f"writing {storage}")) from None
 
 
-def _changed(old: Any, new: Any, name: str = "") -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted(old.keys() | new.keys())
-        return [line for key in keys for line in _changed(old.get(key), new.get(key), f"{name}.{key}" if name else key)]
-    if old == new:
-        return []
-    return [f"{name}: {_short(old)} there, {_short(new)} now"]
+def _refuse_inside(storage: Storage, root: Path) -> None:
+    if isinstance(storage, LocalStorage) and (storage.path == root or root in storage.path.parents):
+        raise UserError(f"{storage} lies inside the source {root}; choose a folder outside it")
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 40 else text[:37] + "..."
+def _finished(storage: Storage, prints: dict[str, str]) -> set[str]:
+    """The shards that are complete and as planned."""
+    there = set(storage.names("shards"))
+
+    def is_done(name: str) -> bool:
+        if not {f"{name}.tar", f"{name}.idx", f"{name}.parquet"} <= there:
+            return False
+        try:
+            metadata = _shard_table(storage, name).schema.metadata or {}
+        except (OSError, pa.ArrowInvalid):
+            return False
+        return metadata.get(_FINGERPRINT) == prints[name].encode()
+
+    with ThreadPoolExecutor(16) as pool:
+        return {name for name, done in zip(prints, pool.map(is_done, prints), strict=True) if done}
 
 
-def _is_done(out: Path, name: str) -> bool:
-    return (out / "shards" / f"{name}.parquet").is_file() and (out / "shards" / f"{name}.tar").is_file()
+def _shard_table(storage: Storage, name: str) -> pa.Table:
+    return pq.read_table(io.BytesIO(storage.read(f"shards/{name}.parquet")))
+
+
+def _shard_rejections(storage: Storage, names: Iterable[str]) -> list[Rejection]:
+    tables = (_shard_table(storage, name) for name in names)
+    return [Rejection(*entry) for table in tables for entry in json.loads(table.schema.metadata[_ERRORS])]
 
 
 def _convert_shard(task: ShardTask, report: engines.Report) -> None:
-    """Writes one shard and then its Parquet file, each under a temporary name first."""
-    folder = Path(task.out) / "shards"
+    """Writes one shard, its DALI index and then its Parquet file, which says that the others are complete."""
+    storage = storage_at(task.out)
     rows: list[dict[str, Any]] = []
     errors: list[list[str]] = []
-    with (
-        replacing(folder / f"{task.name}.tar") as temporary,
-        contextlib.closing(shards.ShardWriter(temporary)) as writer,
-    ):
-        for video in task.videos:
-            try:
-                row = _add_video(writer, task, video, report)
-            except VideoError as error:
-                if task.fail_fast:
-                    raise UserError(f"{video.path}: {error.stage}: {error.reason}") from None
-                errors.append([printable(os.path.relpath(video.path, task.root)), error.stage, error.reason])
-                report(Progress(videos=1, rejected=1))
-                continue
-            rows.append(row)
-            report(Progress(videos=1))
-        writer.finish()
-    table = pa.Table.from_pylist(rows, shards.SCHEMA).replace_schema_metadata({_ERRORS: json.dumps(errors)})
-    write_atomically(folder / f"{task.name}.parquet", shards.parquet_bytes(table))
+    reencoded: Counter[str] = Counter()
+    with storage.uploading(f"shards/{task.name}.tar") as path:
+        with contextlib.closing(shards.ShardWriter(path)) as writer:
+            for video in task.videos:
+                try:
+                    row, why = _add_video(writer, task, video, report)
+                except VideoError as error:
+                    if task.fail_fast:
+                        raise UserError(f"{printable(video.path)}: {error.stage}: {error.reason}") from None
+                    errors.append([printable(os.path.relpath(video.path, task.root)), error.stage, error.reason])
+                    report(Progress(videos=1, rejected=1))
+                    continue
+                rows.append(row)
+                reencoded.update([why] if why else [])
+                report(Progress(videos=1))
+            writer.finish()
+        index = dali_index(path)
+    storage.write(f"shards/{task.name}.idx", index)
+    metadata = {
+        _FINGERPRINT: task.fingerprint,
+        _ERRORS: json.dumps(errors, ensure_ascii=False),
+        _REENCODED: json.dumps(dict(sorted(reencoded.items()))),
+    }
+    table = pa.Table.from_pylist(rows, shards.SCHEMA).replace_schema_metadata(metadata)
+    storage.write(f"shards/{task.name}.parquet", shards.parquet_bytes(table))
 
 
 def _add_video(
     writer: shards.ShardWriter, task: ShardTask, video: SourceVideo, report: engines.Report
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], str | None]:
     waiting = 0
 
     def on_frame() -> None:
@@ -226,7 +230,8 @@ def _add_video(
             raise VideoError("encode", f"{len(offsets) - 1} fragments for {len(encoded.gop_frames) - 1} GOPs")
     report(Progress(frames=waiting))
     row = {
-        "key": video.key, "split": video.split, "label": video.label, "annotations": [],
+        "key": video.key, "split": video.split, "label": video.label,
+        "annotations": [entry._asdict() for entry in video.annotations],
         "shard": f"{task.name}.tar", "offset": payload.offset, "size": payload.size, "header_size": header_size,
         "gop_offsets": offsets, "gop_frames": list(encoded.gop_frames), "num_frames": encoded.num_frames,
         "fps": encoded.fps, "width": encoded.width, "height": encoded.height, "codec": encoded.codec,
@@ -234,47 +239,62 @@ def _add_video(
         "source_fps": encoded.source_fps, "source_frames": encoded.source_frames,
     }  # fmt: skip
     with writer.member(f"{stem}.json") as sidecar:
-        names = ("key", "split", "label", "num_frames", "fps", "width", "height", "codec", "source")
+        names = ("key", "split", "label", "annotations", "num_frames", "fps", "width", "height", "codec", "source")
         about = {name: row[name] for name in names}
         about["class"] = task.classes[video.label] if video.label >= 0 else None
         sidecar.write(json.dumps(about, ensure_ascii=False).encode())
-    return row
+    return row, encoded.reencoded
 
 
-def _write_index(
-    out: Path, source: SourceList, plan: dict[str, Any], names: list[str]
-) -> tuple[dict[str, Any], list[Rejection]]:
-    tables, rejected = [], list(source.rejected)
-    for name in names:
-        table = pq.read_table(out / "shards" / f"{name}.parquet")
+def _finish(storage: Storage, resumed: int, repaired: tuple[str, ...]) -> Summary:
+    """Writes errors.parquet, the index and, last of all, dataset.json."""
+    plan, sources = read_plan(storage)
+    there = set(storage.names("shards"))
+    missing = [name for name in plan["shards"] if not {f"{name}.tar", f"{name}.parquet"} <= there]
+    if missing:
+        raise UserError(
+            f"{storage} lacks {len(missing)} of {len(plan['shards'])} shards, e.g. {missing[0]}: run their slices (or "
+            "the whole command) again, then merge"
+        )
+    with ThreadPoolExecutor(16) as pool:
+        tables = list(pool.map(lambda name: _shard_table(storage, name), plan["shards"]))
+    rejected = scan_rejections(sources)
+    reencoded: Counter[str] = Counter()
+    for table in tables:
         rejected += [Rejection(*entry) for entry in json.loads(table.schema.metadata[_ERRORS])]
-        tables.append(table.replace_schema_metadata(None))
-    table = pa.concat_tables(tables)
+        reencoded.update(json.loads(table.schema.metadata[_REENCODED]))
     rejected.sort(key=lambda entry: entry.path)
     rows = [dataclasses.asdict(entry) for entry in rejected]
-    write_atomically(out / "errors.parquet", shards.parquet_bytes(pa.Table.from_pylist(rows, shards.ERROR_SCHEMA)))
+    storage.write("errors.parquet", shards.parquet_bytes(pa.Table.from_pylist(rows, shards.ERROR_SCHEMA)))
+    table = pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
     if not table.num_rows:
         first = rejected[0]
         raise UserError(
-            f"none of the {len(source.videos)} videos could be converted (the first, {first.path}: {first.reason}); "
-            f"all reasons are in {out / 'errors.parquet'}"
+            f"none of the {sources.num_rows} videos could be converted (the first, {first.path}: {first.reason}); "
+            f"all reasons are in {storage}/errors.parquet"
         )
     table = table.take(pc.sort_indices(table["key"])).combine_chunks()
     data = shards.parquet_bytes(table)
-    write_atomically(out / "index.parquet", data)
+    storage.write("index.parquet", data)
     digest = shards.digest_of(data)
-    shards.write_arrow(out / "index.arrow", table, digest)
+    storage.write("index.arrow", shards.arrow_bytes(table, digest))
     info = {
         "name": plan["name"],
         "format_version": shards.FORMAT_VERSION,
         "classes": plan["classes"],
+        "modality": plan["modality"],
         "video": plan["video"],
         "splits": _split_counts(table),
         "rejected": len(rejected),
+        "reencoded": dict(sorted(reencoded.items())),
         "index_digest": digest,
     }
-    write_json(out / "dataset.json", info)
-    return info, rejected
+    storage.write_json("dataset.json", info)
+    used = set(pc.unique(table["label"]).to_pylist())
+    used.update(pc.unique(pc.struct_field(pc.list_flatten(table["annotations"]), "label")).to_pylist())
+    background = {0} if plan["classes"][:1] == ["Background"] else set()
+    unused = [name for label, name in enumerate(plan["classes"]) if label not in used | background]
+    return Summary(storage.name, info, rejected, resumed, unused, repaired)
 
 
 def _split_counts(table: pa.Table) -> dict[str, Any]:
@@ -291,8 +311,3 @@ def _split_counts(table: pa.Table) -> dict[str, Any]:
         }
         for row in rows
     }  # fmt: skip
-
-
-def _unused_classes(out: Path, classes: tuple[str, ...]) -> list[str]:
-    used = set(pc.unique(pq.read_table(out / "index.parquet", columns=["label"])["label"]).to_pylist())
-    return [name for label, name in enumerate(classes) if label not in used]

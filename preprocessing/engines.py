@@ -1,4 +1,4 @@
-"""Runs a function over tasks on local processes and reports progress while it does."""
+"""Runs a function over tasks on local processes or a Ray cluster and reports progress while it does."""
 
 from __future__ import annotations
 
@@ -17,10 +17,26 @@ from typing import Any
 from ..errors import UserError
 
 Report = Callable[[Any], None]
+Run = Callable[[Callable[[Any, Report], Any], "list[Any]", Report], Iterator[Any]]
 
 
 class _Cancelled(BaseException):
     """Raised inside a worker when the run is being stopped."""
+
+
+def engine(kind: str, workers: int | None, address: str | None = None) -> Run:
+    """A function (function, tasks, on_report) -> results as they finish, on "local" processes or a "ray" cluster.
+
+    workers: at the most so many tasks at once; None takes every core. Raises UserError for another kind.
+    """
+    if kind == "local":
+        cores = len(os.sched_getaffinity(0)) if workers is None else workers
+        return lambda function, tasks, on_report: run_local(function, tasks, min(cores, len(tasks)), on_report)
+    if kind == "ray":
+        from .ray_engine import run_ray
+
+        return lambda function, tasks, on_report: run_ray(function, tasks, on_report, address, workers)
+    raise UserError(f"unknown engine {kind!r}; there are local and ray")
 
 
 def run_local(

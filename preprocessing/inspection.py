@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 from .shards import Dataset
 
 
-def inspect(path: Path) -> dict[str, Any]:
+def inspect(path: str | Path) -> dict[str, Any]:
     """Counts and distributions as JSON values. Raises UserError if `path` is no finished data set.
 
     splits: videos, frames, seconds and bytes of each; classes: videos a split of each; duration_s, fps, width, height
@@ -25,11 +26,13 @@ def inspect(path: Path) -> dict[str, Any]:
     offsets = table["gop_frames"].combine_chunks()
     lengths = np.diff(offsets.values.to_numpy())
     lengths = lengths[lengths > 0]  # each list ends above where the next begins
-    errors = pq.read_table(dataset.path / "errors.parquet") if (dataset.path / "errors.parquet").is_file() else None
+    storage = dataset.storage
+    errors = pq.read_table(io.BytesIO(storage.read("errors.parquet"))) if storage.exists("errors.parquet") else None
     reasons = pc.value_counts(errors["stage"]).to_pylist() if errors is not None else []
     return {
         "name": dataset.info["name"],
         "format_version": dataset.info["format_version"],
+        "modality": dataset.info.get("modality", "rgb"),
         "video": dataset.info["video"],
         "splits": dataset.info["splits"],
         "shards": len(set(table["shard"].to_pylist())),

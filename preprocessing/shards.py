@@ -21,7 +21,7 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 
 from ..errors import UserError
-from ..files import write_atomically
+from ..storage import LocalStorage, Storage, storage_at
 
 FORMAT_VERSION = 1
 
@@ -95,7 +95,7 @@ class ShardWriter:
         """A tar member of a size not yet known. If the block raises, the shard is as it was before."""
         start = self._file.tell()
         info = _tar_info(name)
-        self._file.write(info.tobuf(tarfile.PAX_FORMAT))
+        self._file.write(_header(info))
         payload = Payload(self._file, self._file.tell())
         try:
             yield payload
@@ -111,7 +111,7 @@ class ShardWriter:
         self._file.write(bytes(-payload.size % tarfile.BLOCKSIZE))
         end = self._file.tell()
         self._file.seek(start)
-        self._file.write(info.tobuf(tarfile.PAX_FORMAT))
+        self._file.write(_header(info))
         self._file.seek(end)
 
     def finish(self) -> None:
@@ -206,31 +206,41 @@ class Video:
 
 
 class Dataset:
-    """An opened data set: its description and its memory-mapped index."""
+    """An opened data set: its description and its index, memory-mapped where the data set is on a local disk."""
 
-    def __init__(self, path: Path, info: dict[str, Any], table: pa.Table):
-        self.path, self.info, self.table = path, info, table
+    def __init__(self, storage: Storage, info: dict[str, Any], table: pa.Table):
+        self.storage, self.info, self.table = storage, info, table
 
     @classmethod
-    def open(cls, path: str | Path) -> Dataset:
-        """Opens DATASET. Raises UserError if it is missing, incomplete, damaged or of another format version."""
-        path = Path(path)
+    def open(cls, place: str | Path) -> Dataset:
+        """Opens DATASET, a path or fsspec URL.
+
+        Raises UserError if it is missing, incomplete, damaged or of another format version.
+        """
+        storage = storage_at(place)
         try:
-            info = json.loads((path / "dataset.json").read_text(encoding="utf-8"))
+            info = json.loads(storage.read("dataset.json"))
         except (FileNotFoundError, NotADirectoryError):
-            if (path / "plan.json").is_file():
+            if storage.exists("plan.json"):
                 raise UserError(
-                    f"{path}: the conversion is not finished; run the same `genkd shard` command again"
+                    f"{storage}: the conversion is not finished; run the same `genkd shard` command again"
                 ) from None
-            raise UserError(f"{path} is no genkd data set: it has no dataset.json") from None
+            raise UserError(f"{storage} is no genkd data set: it has no dataset.json") from None
         except (json.JSONDecodeError, UnicodeDecodeError):
-            raise UserError(f"{path / 'dataset.json'} is damaged; make the data set again") from None
+            raise UserError(f"dataset.json in {storage} is damaged; make the data set again") from None
         version = info.get("format_version") if isinstance(info, dict) else None
         if version != FORMAT_VERSION:
-            raise UserError(f"{path} has format version {version!r}; this genkd reads version {FORMAT_VERSION}")
+            raise UserError(f"{storage} has format version {version!r}; this genkd reads version {FORMAT_VERSION}")
         if not {"classes", "video", "splits", "index_digest"} <= info.keys():
-            raise UserError(f"{path / 'dataset.json'} is damaged; make the data set again")
-        return cls(path, info, _index_table(path, info["index_digest"]))
+            raise UserError(f"dataset.json in {storage} is damaged; make the data set again")
+        return cls(storage, info, _index_table(storage, info["index_digest"]))
+
+    @property
+    def path(self) -> Path:
+        """The folder. Raises UserError for a data set that is not on a local disk."""
+        if not isinstance(self.storage, LocalStorage):
+            raise UserError(f"{self.storage} has to be copied to a local disk for this")
+        return self.storage.path
 
     @property
     def classes(self) -> list[str]:
@@ -241,7 +251,7 @@ class Dataset:
         found = np.flatnonzero(pc.equal(self.table["split"], split).to_numpy(zero_copy_only=False))
         if not len(found):
             known = ", ".join(self.info["splits"]) or "none"
-            raise UserError(f"{self.path} has no videos in a split {split!r}; its splits: {known}")
+            raise UserError(f"{self.storage} has no videos in a split {split!r}; its splits: {known}")
         return found
 
     def column(self, name: str) -> np.ndarray:
@@ -257,61 +267,82 @@ class Dataset:
         return self.column("label")
 
     def video(self, row: int) -> Video:
-        """One row. Raises Corrupt if it points outside the data set."""
+        """One row. Raises Corrupt if it points outside the data set or contradicts itself."""
         values = {name: self.table[name][row] for name in _VIDEO_COLUMNS}
-        shard = values["shard"].as_py()
-        if "/" in shard or "\\" in shard or shard.startswith("."):
-            raise Corrupt(f"row {row} of {self.path}: shard name {shard!r} points outside the data set")
         arrays = {name: values.pop(name).values.to_numpy() for name in ("gop_offsets", "gop_frames")}
-        return Video(row=row, **{name: value.as_py() for name, value in values.items()}, **arrays)
+        video = Video(row=row, **{name: value.as_py() for name, value in values.items()}, **arrays)
+        if not is_shard_name(video.shard):
+            raise Corrupt(f"row {row} of {self.storage}: shard name {video.shard!r} points outside the data set")
+        offsets, frames = video.gop_offsets, video.gop_frames
+        sound = (
+            video.offset >= 0 and len(offsets) == len(frames) > 1 and 0 < video.header_size <= offsets[0]
+            and offsets[-1] == video.size and frames[0] == 0 and frames[-1] == video.num_frames
+            and bool((np.diff(offsets) > 0).all()) and bool((np.diff(frames) > 0).all())
+        )  # fmt: skip
+        if not sound:
+            raise Corrupt(
+                f"row {row} of {self.storage} ({video.key}): its offsets or frame numbers contradict each other"
+            )
+        return video
 
 
 _VIDEO_COLUMNS = [name for name in Video.__dataclass_fields__ if name != "row"]
 
 
-def _index_table(path: Path, digest: str) -> pa.Table:
+def is_shard_name(name: str) -> bool:
+    """Whether an index entry names a file of the data set's shards folder, and nothing outside it."""
+    return "/" not in name and "\\" not in name and not name.startswith(".") and name.endswith(".tar")
+
+
+def _index_table(storage: Storage, digest: str) -> pa.Table:
     """The index, memory-mapped from index.arrow; that file is made anew from index.parquet when it does not match."""
-    cache = path / "index.arrow"
+    if not isinstance(storage, LocalStorage):
+        return read_index_parquet(storage)
+    cache = storage.path / "index.arrow"
     try:
         table = pa.ipc.open_file(pa.memory_map(str(cache))).read_all()
         if (table.schema.metadata or {}).get(b"index_digest") == digest.encode():
             return table
     except (FileNotFoundError, pa.ArrowInvalid):
         pass
-    source = path / "index.parquet"
-    if not source.is_file():
-        raise UserError(f"{path} has lost its index.parquet; run the same `genkd shard` command again")
-    table = read_index_parquet(path)
+    table = read_index_parquet(storage)
     try:
-        write_arrow(cache, table, digest)
+        storage.write("index.arrow", arrow_bytes(table, digest))
     except OSError:  # a read-only data set still works, only slower to open
         return table
     return pa.ipc.open_file(pa.memory_map(str(cache))).read_all()
 
 
-def read_index_parquet(path: Path) -> pa.Table:
+def read_index_parquet(storage: Storage) -> pa.Table:
     """index.parquet as one table, checked against the format's columns."""
     try:
-        table = pq.read_table(path / "index.parquet")
+        table = pq.read_table(io.BytesIO(storage.read("index.parquet")))
+    except FileNotFoundError:
+        raise UserError(f"{storage} has lost its index.parquet; run the same `genkd shard` command again") from None
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path / 'index.parquet'} cannot be read ({error}); make the data set again") from None
+        raise UserError(f"index.parquet in {storage} cannot be read ({error}); make the data set again") from None
     if table.schema.names != SCHEMA.names:
-        raise UserError(f"{path / 'index.parquet'} has other columns than format version {FORMAT_VERSION}")
+        raise UserError(f"index.parquet in {storage} has other columns than format version {FORMAT_VERSION}")
     return table.combine_chunks()
 
 
-def write_arrow(path: Path, table: pa.Table, digest: str) -> None:
+def arrow_bytes(table: pa.Table, digest: str) -> bytes:
     """index.arrow: the rows as uncompressed Arrow IPC, marked with the index digest they belong to."""
     sink = pa.BufferOutputStream()
     table = table.cast(SCHEMA).replace_schema_metadata({"index_digest": digest})
     with pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
-    write_atomically(path, sink.getvalue().to_pybytes())
+    return sink.getvalue().to_pybytes()
 
 
 def digest_of(data: bytes) -> str:
     """The digest that dataset.json records for index.parquet."""
     return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+def _header(info: tarfile.TarInfo) -> bytes:
+    """GNU's form for long names and bytes beyond ASCII: DALI's reader knows it, but not POSIX's (PAX)."""
+    return info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
 
 
 def _tar_info(name: str) -> tarfile.TarInfo:

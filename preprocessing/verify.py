@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import tarfile
@@ -12,9 +13,14 @@ from pathlib import Path
 import av
 import google_crc32c
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
+from ..errors import UserError
+from ..storage import Storage, storage_at
 from . import engines
-from .shards import Corrupt, Dataset, Payload, Video, digest_of, gop_table, tar_name
+from .export import dali_index
+from .shards import Corrupt, Dataset, Payload, Video, digest_of, gop_table, is_shard_name, tar_name
+from .sources import printable
 from .video import decode_frames
 
 
@@ -28,7 +34,7 @@ class Problem:
 
 
 def verify(
-    path: Path, *, workers: int, on_start: Callable[[int], None] = lambda videos: None,
+    path: str | Path, *, workers: int, on_start: Callable[[int], None] = lambda videos: None,
     on_videos: Callable[[int], None] = lambda count: None,
 ) -> list[Problem]:  # fmt: skip
     """Every problem of the data set, sorted; an empty list means that all of it is sound.
@@ -36,34 +42,75 @@ def verify(
     Reads every byte and decodes every GOP by itself. Raises UserError if `path` is no finished data set.
     """
     dataset = Dataset.open(path)
+    storage = dataset.storage
     on_start(dataset.table.num_rows)
     problems: list[Problem] = []
-    index = (dataset.path / "index.parquet").read_bytes() if (dataset.path / "index.parquet").is_file() else b""
+    index = storage.read("index.parquet") if storage.exists("index.parquet") else b""
     if digest_of(index) != dataset.info["index_digest"]:
         problems.append(Problem("index.parquet", "", "is missing, or not the file that dataset.json describes"))
     counted = {split: entry["videos"] for split, entry in dataset.info["splits"].items()}
     found = {entry["values"]: entry["counts"] for entry in pc.value_counts(dataset.table["split"]).to_pylist()}
     if counted != found:
         problems.append(Problem("dataset.json", "", f"counts {counted} videos by split, the index {found}"))
-    shard_names = sorted(set(dataset.table["shard"].to_pylist()))
-    tasks = [(str(dataset.path), name) for name in shard_names]
+    there = set(storage.names("shards"))
+    names = sorted(set(dataset.table["shard"].to_pylist()))
+    for name in names:
+        stem = name.removesuffix(".tar")
+        problems += [
+            Problem(f"{stem}.{suffix}", "", "is missing")
+            for suffix in ("parquet", "idx")
+            if f"{stem}.{suffix}" not in there
+        ]
+    tasks = [(storage.name, name) for name in names]
     for result in engines.run_local(_verify_shard, tasks, min(workers, len(tasks)), on_videos):
         problems += result or []
     return sorted(problems, key=lambda problem: (problem.file, problem.key))
 
 
+def damaged_shards(storage: Storage, names: list[str], run: engines.Run) -> list[str]:
+    """Which of the finished shards are not as their own Parquet files say."""
+    return sorted(
+        name for name, problems in run(_check_finished, [(storage.name, name) for name in names], _ignore) if problems
+    )
+
+
+def _ignore(event: object) -> None:
+    pass
+
+
+def _check_finished(task: tuple[str, str], report: engines.Report) -> tuple[str, list[Problem]]:
+    folder, name = task
+    storage = storage_at(folder)
+    table = pq.read_table(io.BytesIO(storage.read(f"shards/{name}.parquet"))).replace_schema_metadata(None)
+    return name, _check_shard(Dataset(storage, {}, table), f"{name}.tar", list(range(table.num_rows)), report)
+
+
 def _verify_shard(task: tuple[str, str], report: engines.Report) -> list[Problem]:
     folder, name = task
     dataset = Dataset.open(folder)
-    rows = pc.indices_nonzero(pc.equal(dataset.table["shard"], name)).to_pylist()
-    path = dataset.path / "shards" / name
+    return _check_shard(dataset, name, pc.indices_nonzero(pc.equal(dataset.table["shard"], name)).to_pylist(), report)
+
+
+def _check_shard(dataset: Dataset, name: str, rows: list[int], report: engines.Report) -> list[Problem]:
+    if not is_shard_name(name):
+        keys = [dataset.table["key"][row].as_py() for row in rows]
+        return [Problem(printable(name), key, "the index points outside the data set") for key in keys]
     problems = []
-    try:
-        with tarfile.open(path) as tar:
-            members = {member.offset_data: member for member in tar}
-    except (OSError, tarfile.TarError) as error:
-        return [Problem(name, "", f"cannot be read as a tar file ({error})")]
-    with open(path, "rb") as file:
+    with contextlib.ExitStack() as stack:
+        try:
+            path = stack.enter_context(dataset.storage.downloaded(f"shards/{name}"))
+            with tarfile.open(path) as tar:
+                members = {member.offset_data: member for member in tar}
+            index = dali_index(path)
+        except (OSError, UserError, tarfile.TarError) as error:
+            return [Problem(name, "", f"cannot be read as a tar file ({error})")]
+        for member in members.values():
+            if not member.isreg() or member.name.startswith("/") or ".." in member.name.split("/"):
+                problems.append(Problem(name, printable(member.name), "a tar member that points outside the data set"))
+        stem = name.removesuffix(".tar")
+        if dataset.storage.exists(f"shards/{stem}.idx") and dataset.storage.read(f"shards/{stem}.idx") != index:
+            problems.append(Problem(f"{stem}.idx", "", "is not the index of its tar file"))
+        file = stack.enter_context(open(path, "rb"))
         for row in rows:
             try:
                 video = dataset.video(row)

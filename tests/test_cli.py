@@ -45,7 +45,7 @@ def test_from_videos_to_a_distilled_student_on_the_command_line(genkd, tmp_path)
         (["train", "teacher", "--config", "nope.yaml", "--out", "x"], "no configuration file 'nope.yaml'"),
         (["train", "teacher", "--config", "demo", "--out", "x"], "data.dataset is not set"),
         (["shard", "folder", "nowhere", "out"], "there is no folder"),
-        (["shard", "folder", ".", "out", "--codec", "gif"], "h264, vp9, mjpeg"),
+        (["shard", "folder", ".", "out", "--codec", "gif"], "there are h264, hevc, vp9, mjpeg, copy"),
         (["inspect", "."], "no dataset.json"),
         (["verify", "."], "no dataset.json"),
         (["synth", "out", "--size", "big"], "WIDTHxHEIGHT"),

@@ -132,7 +132,7 @@ def test_a_shard_name_that_points_outside_is_refused(data, name):
     columns = {field: data.table[field] for field in data.table.column_names}
     columns["shard"] = pa.array([name] * data.table.num_rows)
     with pytest.raises(Corrupt, match="outside"):
-        Dataset(data.path, data.info, pa.table(columns)).video(0)
+        Dataset(data.storage, data.info, pa.table(columns)).video(0)
 
 
 def test_boxes_of_a_payload_with_a_nonsensical_size_are_refused():

@@ -98,6 +98,78 @@ def test_ucf101_records_what_its_lists_and_folders_disagree_on(tmp_path):
     assert "not in a list" in reasons["A/v_A_g09_c01.avi"]
 
 
+def frames(folder: Path, *sizes: int) -> Path:
+    folder.mkdir(parents=True)
+    for number, size in enumerate(sizes, 1):
+        (folder / f"image_{number:05d}.jpg").write_bytes(b"x" * size)
+    return folder
+
+
+def test_frame_folders_and_arrays_are_videos(tmp_path):
+    tree(tmp_path, "run/array.npy", "run/file.mp4", "run/deep/pictures/a.jpg", "run/array.csv")
+    newest = frames(tmp_path / "run" / "jpeg.v1", 3, 4) / "image_00002.jpg"
+    os.utime(newest, ns=(7, 2 * 10**18))
+    (newest.parent / "n_frames").write_text("2")
+    tree(newest.parent, "inner.mp4")
+    found = sources.folder(tmp_path, source_fps=12.5)
+    assert [(v.key, v.fps, v.size) for v in found.videos] == [
+        ("run/array", 12.5, 1), ("run/file", None, 1), ("run/jpeg.v1", 12.5, 7),
+    ]  # fmt: skip
+    assert found.videos[2].path == str(newest.parent) and found.videos[2].mtime_ns == 2 * 10**18
+    assert sorted(r.path for r in found.rejected) == ["run/array.csv", "run/deep/pictures/a.jpg"]
+    assert sources.is_frame_folder(newest.parent) and not sources.is_frame_folder(
+        tmp_path / "run" / "deep" / "pictures"
+    )
+
+
+def test_a_frame_folder_is_no_class_and_no_split(tmp_path):
+    tree(tmp_path, "train/a/1.mp4", "test/a/2.mp4", "test/loose.npy")
+    frames(tmp_path / "val", 1)
+    frames(tmp_path / "train" / "loose", 1)
+    found = sources.folder(tmp_path)
+    assert [(v.key, v.split) for v in found.videos] == [("test/a/2", "test"), ("train/a/1", "train")]
+    assert {(r.path, r.reason) for r in found.rejected} == {
+        (path, "outside any class folder") for path in ("val", "train/loose", "test/loose.npy")
+    }
+
+
+@pytest.mark.parametrize(
+    ("there", "key", "fps"),
+    [
+        ("A/v_1.avi", "A/v_1", None),
+        ("A/v_1.avi A/v_1.mkv A/v_1.npy A/v_1/", "A/v_1", None),
+        ("A/v_1.mkv A/v_1.npy", "A/v_1", None),
+        ("A/v_1.npy A/v_1/", "A/v_1", 25.0),
+        ("A/v_1/", "A/v_1", 25.0),
+        ("v_1/", "v_1", 25.0),
+    ],
+)
+def test_ucf101_finds_what_stands_for_a_listed_file(tmp_path, there, key, fps):
+    for name in there.split():
+        if name.endswith("/"):
+            frames(tmp_path / name, 1)
+        else:
+            tree(tmp_path, name)
+    (tmp_path / "classInd.txt").write_text("1 A\n")
+    (tmp_path / "trainlist01.txt").write_text("A/v_1.avi 1\r\n")
+    (tmp_path / "testlist01.txt").write_text("")
+    found = sources.ucf101(tmp_path, source_fps=25.0)
+    first, *others = there.split()
+    assert [(v.key, v.fps, v.path) for v in found.videos] == [(key, fps, str(tmp_path / first))]
+    assert {(r.path, r.reason) for r in found.rejected} == {
+        (other.rstrip("/"), "another file of this video is used") for other in others
+    }
+
+
+def test_a_list_cannot_lead_out_of_the_root(tmp_path):
+    root = tree(tmp_path / "root", "A/1.avi")
+    tree(tmp_path, "2.avi")
+    (root / "classInd.txt").write_text("1 A\n")
+    (root / "trainlist01.txt").write_text("A/1.avi 1\nA/../../2.avi 1\n")
+    with pytest.raises(UserError, match=r"trainlist01\.txt, line 2: .* no path below"):
+        sources.ucf101(root)
+
+
 def test_ucf101_wants_its_list_files(tmp_path):
     with pytest.raises(UserError, match=r"classInd\.txt.*--annotations"):
         sources.ucf101(tree(tmp_path, "A/1.avi"))

@@ -1,0 +1,51 @@
+"""What the commands share: argument types, options, help sections."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+FOLDER = click.Path(path_type=Path)
+CORES = len(os.sched_getaffinity(0))
+WORKERS = click.option(
+    "--workers", default=CORES, type=click.IntRange(0), show_default="cores", help="Processes; 0: none but this one."
+)
+
+
+class _Place(click.ParamType):
+    """A path, or an fsspec URL such as s3://bucket/folder."""
+
+    name = "path or url"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | Path:
+        return value if "://" in str(value) else Path(value)
+
+
+PLACE = _Place()
+
+
+def examples(text: str) -> Callable:
+    """Appends an Examples section, line breaks kept, to a command's help."""
+
+    def add(function: Callable) -> Callable:
+        about = inspect.cleandoc(function.__doc__ or "")
+        lines = "\n".join(f"  {line}" for line in text.strip().splitlines())
+        function.__doc__ = f"{about}\n\n\b\nExamples:\n{lines}\n"
+        return function
+
+    return add
+
+
+def with_options(*options: Callable) -> Callable:
+    """One decorator of several click options, shown in this order."""
+
+    def add(function: Callable) -> Callable:
+        return functools.reduce(lambda wrapped, option: option(wrapped), reversed(options), function)
+
+    return add

@@ -1,0 +1,208 @@
+"""What a conversion will do, fixed and written down before any work: which source goes to which shard."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..errors import UserError
+from ..storage import Storage
+from . import shards
+from .sources import Rejection, SourceList, SourceVideo, printable
+
+TARGET_SHARD_BYTES = 256 << 20  # of source files
+MIN_SHARDS = 64  # a data set, so that a small one still spreads over workers
+_SOURCES = "sources.parquet"
+_SCHEMA = pa.schema(
+    [("key", pa.string()), ("path", pa.string()), ("split", pa.string()), ("label", pa.int32()), ("size", pa.int64()),
+     ("mtime_ns", pa.int64()), ("content", pa.string()), ("shard", pa.string())]
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """info: plan.json; shards: the videos of each shard, in order; rejected: what the scan could not use."""
+
+    info: dict[str, Any]
+    shards: dict[str, tuple[SourceVideo, ...]]
+    rejected: tuple[Rejection, ...]
+
+    def fingerprint(self, name: str) -> str:
+        """A digest of all that decides a shard's content, kept with the shard to know whether it is this plan's."""
+        videos = [(video.key, video.split, video.label, video.size, _content(video)) for video in self.shards[name]]
+        return hashlib.sha256(json.dumps([self.info["video"], videos]).encode()).hexdigest()
+
+
+def make_plan(source: SourceList, settings: Any, kept: Mapping[str, str] | None = None) -> Plan:
+    """The plan for a source list. settings: a frozen dataclass with a `modality` and an `encode` method.
+
+    Video i of a split goes to shard i modulo their number: sorted sources have their classes in runs, and a shard
+    should hold a mixture of them. kept: shards of videos that an earlier plan placed; the others get new shards.
+    """
+    kept = kept or {}
+    digest = hashlib.sha256()
+    placed: dict[str, list[SourceVideo]] = {}
+    fresh: dict[str, list[SourceVideo]] = {}
+    for video in source.videos:
+        digest.update(f"{video.key}\t{video.split}\t{video.label}\t{video.size}\t{_content(video)}\n".encode())
+        shard = kept.get(video.key)
+        if shard is not None and shard.rpartition("-")[0] == video.split:
+            placed.setdefault(shard, []).append(video)
+        else:
+            fresh.setdefault(video.split, []).append(video)
+    total = sum(video.size for video in source.videos)
+    target = max(1, min(TARGET_SHARD_BYTES, -(-total // MIN_SHARDS)))
+    for split in sorted(fresh):
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", split):
+            raise UserError(f"a split cannot be named {split!r}; use letters, digits, dots, dashes and underscores")
+        videos = fresh[split]
+        number = min(len(videos), max(1, -(-sum(video.size for video in videos) // target)))
+        first = 1 + max((int(name.rpartition("-")[2]) for name in placed if name.startswith(split + "-")), default=-1)
+        for index in range(number):
+            placed[f"{split}-{first + index:05d}"] = videos[index::number]
+    assignment = {name: tuple(placed[name]) for name in sorted(placed)}
+    info = {
+        "format_version": shards.FORMAT_VERSION,
+        "name": source.name,
+        "classes": list(source.classes),
+        "modality": settings.modality,
+        "video": dataclasses.asdict(settings),
+        "sources": {"videos": len(source.videos), "bytes": total, "sha256": digest.hexdigest()},
+        "shards": list(assignment),
+    }
+    return Plan(info, assignment, source.rejected)
+
+
+def adopt(storage: Storage, source: SourceList, settings: Any, *, refresh: bool) -> Plan:
+    """Begins an empty folder with a new plan, or continues a folder that was begun with the same settings and sources.
+
+    Sources that changed since are refused by name; with refresh they are converted again: existing videos keep their
+    shards, new ones get new shards, and only the shards concerned are written. Raises UserError.
+    """
+    plan = make_plan(source, settings)
+    if not storage.exists("plan.json"):
+        _refuse_strangers(storage)
+        _write(storage, source.root, plan)
+        return plan
+    old, table = read_plan(storage)
+    changed = _settings_changed(old, plan.info)
+    if changed:
+        raise UserError(
+            f"{storage} was begun with other settings ({'; '.join(changed[:4])}); choose another folder, "
+            "delete that one, or use the same settings to continue it"
+        )
+    before = {row["key"]: row for row in table.to_pylist()}
+    differences = _sources_changed(before, source)
+    if not differences and not refresh:
+        return make_plan(source, settings, {key: row["shard"] for key, row in before.items()})
+    if differences and not refresh:
+        named = "; ".join(f"{key} {what}" for key, what in list(differences.items())[:3])
+        raise UserError(
+            f"{len(differences)} sources changed since {storage} was begun ({named}); add --refresh to bring the data "
+            "set up to date, or restore them"
+        )
+    plan = make_plan(source, settings, {key: row["shard"] for key, row in before.items()})
+    # From here on the data set is incomplete: its description goes first, and the new plan is written last.
+    storage.delete("dataset.json")
+    for name in {before[key]["shard"] for key in differences if key in before}:
+        storage.delete(f"shards/{name}.parquet")
+    for name in set(old["shards"]) - set(plan.shards):
+        for suffix in ("parquet", "idx", "tar"):
+            storage.delete(f"shards/{name}.{suffix}")
+    _write(storage, source.root, plan)
+    return plan
+
+
+def read_plan(storage: Storage) -> tuple[dict[str, Any], pa.Table]:
+    """plan.json and sources.parquet of a folder. Raises UserError if one is missing or damaged."""
+    try:
+        info = json.loads(storage.read("plan.json"))
+        table = pq.read_table(io.BytesIO(storage.read(_SOURCES)))
+        if not isinstance(info, dict) or table.schema.names != _SCHEMA.names:
+            raise ValueError("other content")
+        return info, table
+    except FileNotFoundError:
+        raise UserError(f"{storage} holds no conversion that was begun: it lacks plan.json or {_SOURCES}") from None
+    except (ValueError, pa.ArrowInvalid, OSError):
+        raise UserError(f"plan.json or {_SOURCES} in {storage} is damaged; delete that folder and run again") from None
+
+
+def scan_rejections(table: pa.Table) -> list[Rejection]:
+    """The sources that the scan could not use, as sources.parquet keeps them."""
+    return [Rejection(*entry) for entry in json.loads(table.schema.metadata[b"genkd.rejected"])]
+
+
+def _write(storage: Storage, root: Path, plan: Plan) -> None:
+    rows = [
+        {"key": video.key, "path": printable(os.path.relpath(video.path, root)), "split": video.split,
+         "label": video.label, "size": video.size, "mtime_ns": video.mtime_ns, "content": _content(video),
+         "shard": name}
+        for name, videos in plan.shards.items() for video in videos
+    ]  # fmt: skip
+    rejected = json.dumps([dataclasses.astuple(entry) for entry in plan.rejected], ensure_ascii=False)
+    table = pa.Table.from_pylist(rows, _SCHEMA).replace_schema_metadata({"genkd.rejected": rejected})
+    storage.write(_SOURCES, shards.parquet_bytes(table))
+    storage.write_json("plan.json", plan.info)
+
+
+def _content(video: SourceVideo) -> str:
+    """What besides the file decides a video's content: the part taken, the rate given, the annotations."""
+    if video.start_s is None and video.end_s is None and video.fps is None and not video.annotations:
+        return ""
+    return json.dumps([video.start_s, video.end_s, video.fps, video.annotations])
+
+
+def _refuse_strangers(storage: Storage) -> None:
+    ours = (".lock", _SOURCES)
+    strangers = [name for name in storage.names() if not name.startswith(ours) and not name.endswith(".tmp")]
+    if strangers:
+        raise UserError(
+            f"{storage} is not empty and holds no genkd data set (found {strangers[0]!r}); choose another folder"
+        )
+
+
+def _sources_changed(before: dict[str, dict[str, Any]], source: SourceList) -> dict[str, str]:
+    """What differs, by key."""
+    found: dict[str, str] = {}
+    for video in source.videos:
+        old = before.get(video.key)
+        if old is None:
+            found[video.key] = "is new"
+        elif old["size"] != video.size:
+            found[video.key] = f"had {old['size']} bytes and now has {video.size}"
+        elif old["mtime_ns"] and video.mtime_ns and old["mtime_ns"] != video.mtime_ns:
+            found[video.key] = "was written again"
+        elif (old["split"], old["label"], old["content"]) != (video.split, video.label, _content(video)):
+            found[video.key] = "has another split, label, part or annotation"
+    keys = {video.key for video in source.videos}
+    found.update({key: "is gone" for key in before if key not in keys})
+    return found
+
+
+def _settings_changed(old: Any, new: Any, name: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted((old.keys() | new.keys()) - ({"sources", "shards"} if not name else set()))
+        return [
+            line
+            for key in keys
+            for line in _settings_changed(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+        ]
+    if old == new:
+        return []
+    return [f"{name}: {_short(old)} there, {_short(new)} now"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else text[:37] + "..."

@@ -1,0 +1,281 @@
+"""Folders of whole files, on a local disk or behind any fsspec URL, that one run at a time may write."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import posixpath
+import socket
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+from .files import locked, remove_leftovers, replacing, write_atomically
+
+# Object stores show an object only once its upload is complete; elsewhere a temporary name and a rename do that.
+_ATOMIC_PROTOCOLS = frozenset(["s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "r2"])
+_STALE_SECONDS = 120.0  # a remote lock whose holder has not renewed it for so long belongs to a dead run
+_BEAT_SECONDS = 20.0
+
+
+def storage_at(place: str | Path) -> Storage:
+    """The storage for a path or an fsspec URL. Raises UserError for an unknown protocol or a missing package."""
+    text = str(place)
+    if text.startswith("file://"):
+        text = text[len("file://") :]
+    return RemoteStorage(text) if "://" in text else LocalStorage(Path(text).absolute())
+
+
+class Storage:
+    """A folder of files with names like shards/train-00000.tar. A file is there as a whole or not at all."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __str__(self) -> str:
+        return self.name
+
+    def read(self, name: str) -> bytes:
+        """A file's content. Raises FileNotFoundError."""
+        raise NotImplementedError
+
+    def downloaded(self, name: str) -> contextlib.AbstractContextManager[Path]:
+        """A file as a local path, for the length of the block. Raises FileNotFoundError."""
+        raise NotImplementedError
+
+    def write(self, name: str, data: bytes) -> None:
+        """Puts data in place, whole or not at all."""
+        raise NotImplementedError
+
+    def uploading(self, name: str) -> contextlib.AbstractContextManager[Path]:
+        """A local path to write; what is there when the block ends well is put in place, whole."""
+        raise NotImplementedError
+
+    def names(self, folder: str = "") -> list[str]:
+        """Names of the files and folders in a folder, sorted; none for a folder that does not exist."""
+        raise NotImplementedError
+
+    def delete(self, name: str) -> None:
+        """Removes a file if it is there."""
+        raise NotImplementedError
+
+    def remove_leftovers(self, folder: str, stem: str = "") -> None:
+        """Deletes what killed runs left half written in a folder: of one file, or of all."""
+        raise NotImplementedError
+
+    def locked(self, part: str = "") -> contextlib.AbstractContextManager[None]:
+        """Makes the folder and keeps other runs out of it. Runs with different `part`s may work side by side, but
+        not beside one without. Raises UserError if the folder is taken."""
+        raise NotImplementedError
+
+    def exists(self, name: str) -> bool:
+        folder, _, leaf = name.rpartition("/")
+        return leaf in self.names(folder)
+
+    def write_json(self, name: str, value: Any) -> None:
+        """value as an indented JSON file."""
+        self.write(name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+class LocalStorage(Storage):
+    """A folder of this machine or of a file system that it mounts."""
+
+    def __init__(self, path: Path):
+        super().__init__(str(path))
+        self.path = path
+
+    def read(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()
+
+    @contextlib.contextmanager
+    def downloaded(self, name: str) -> Iterator[Path]:
+        os.stat(self.path / name)
+        yield self.path / name
+
+    def write(self, name: str, data: bytes) -> None:
+        (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path / name, data)
+
+    def uploading(self, name: str) -> contextlib.AbstractContextManager[Path]:
+        (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+        return replacing(self.path / name)
+
+    def names(self, folder: str = "") -> list[str]:
+        try:
+            return sorted(os.listdir(self.path / folder))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def exists(self, name: str) -> bool:
+        return (self.path / name).is_file()
+
+    def delete(self, name: str) -> None:
+        (self.path / name).unlink(missing_ok=True)
+
+    def remove_leftovers(self, folder: str, stem: str = "") -> None:
+        remove_leftovers(self.path / folder, stem)
+
+    @contextlib.contextmanager
+    def locked(self, part: str = "") -> Iterator[None]:
+        """By flock: the lock goes with the process, however it ends."""
+        busy = f"another run is writing {self}; wait for it, or stop it first"
+        with locked(self.path, busy, shared=bool(part)):
+            if not part:
+                yield
+                return
+            with locked(self.path, busy, name=f".lock-{part}"):
+                yield
+                (self.path / f".lock-{part}").unlink(missing_ok=True)
+
+
+class RemoteStorage(Storage):
+    """A folder behind an fsspec URL such as s3://bucket/folder."""
+
+    def __init__(self, url: str):
+        import fsspec
+
+        super().__init__(url.rstrip("/"))
+        try:
+            self._fs, self._root = fsspec.url_to_fs(url)
+        except ImportError as error:
+            extra = "genkd[s3]" if url.startswith("s3") else "the package that it names"
+            raise UserError(f"{url} cannot be opened ({error}); install {extra}") from None
+        except ValueError as error:
+            raise UserError(f"{url} cannot be opened ({error})") from None
+        protocol = self._fs.protocol
+        self._atomic = bool(_ATOMIC_PROTOCOLS.intersection([protocol] if isinstance(protocol, str) else protocol))
+
+    def read(self, name: str) -> bytes:
+        with self._explained():
+            return self._fs.cat_file(self._path(name))
+
+    @contextlib.contextmanager
+    def downloaded(self, name: str) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory(prefix="genkd-") as folder:
+            local = Path(folder, posixpath.basename(name))
+            with self._explained():
+                self._fs.get_file(self._path(name), str(local))
+            yield local
+
+    def write(self, name: str, data: bytes) -> None:
+        with self._placing(name) as path:
+            self._fs.pipe_file(path, data)
+
+    @contextlib.contextmanager
+    def uploading(self, name: str) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory(prefix="genkd-") as folder:
+            local = Path(folder, posixpath.basename(name))
+            yield local
+            with self._placing(name) as path:
+                self._fs.put_file(str(local), path)
+
+    def names(self, folder: str = "") -> list[str]:
+        with self._explained():
+            path = self._path(folder)
+            self._fs.invalidate_cache(path)
+            try:
+                return sorted({posixpath.basename(entry.rstrip("/")) for entry in self._fs.ls(path, detail=False)})
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+
+    def exists(self, name: str) -> bool:
+        with self._explained():
+            self._fs.invalidate_cache(posixpath.dirname(self._path(name)))
+            return self._fs.isfile(self._path(name))
+
+    def delete(self, name: str) -> None:
+        with self._explained(), contextlib.suppress(FileNotFoundError):
+            self._fs.rm_file(self._path(name))
+
+    def remove_leftovers(self, folder: str, stem: str = "") -> None:
+        for name in self.names(folder):
+            if name.startswith(f".{stem}") and name.endswith(".tmp"):
+                self.delete(posixpath.join(folder, name))
+
+    @contextlib.contextmanager
+    def locked(self, part: str = "") -> Iterator[None]:
+        """By an object that its holder renews; one that is not renewed any more is taken over."""
+        name = f".lock-{part}" if part else ".lock"
+        holder = {"host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex}
+        others = [".lock"] if part else [entry for entry in self.names() if entry.startswith(".lock-")]
+        for other in others:
+            self._refuse_if_alive(other)
+        self._refuse_if_alive(name)
+        self._beat(name, holder)
+        # Of two runs that begin at once the later writer holds the lock, and the other one sees it here.
+        time.sleep(0.2)
+        if (self._lock_state(name) or {}).get("token") != holder["token"]:
+            raise UserError(f"another run is writing {self}; wait for it, or stop it first")
+        done = threading.Event()
+
+        def renew() -> None:
+            while not done.wait(_BEAT_SECONDS):
+                with contextlib.suppress(OSError, UserError):
+                    self._beat(name, holder)
+
+        thread = threading.Thread(target=renew, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+            self.delete(name)
+
+    def _beat(self, name: str, holder: dict[str, Any]) -> None:
+        with self._explained():
+            self._fs.pipe_file(self._path(name), json.dumps({**holder, "time": time.time()}).encode())
+
+    def _lock_state(self, name: str) -> dict[str, Any] | None:
+        try:
+            return json.loads(self.read(name))
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+
+    def _refuse_if_alive(self, name: str) -> None:
+        state = self._lock_state(name)
+        if state is None:
+            return
+        age = time.time() - state.get("time", 0.0)
+        gone = state.get("host") == socket.gethostname() and not Path(f"/proc/{state.get('pid')}").exists()
+        if age < _STALE_SECONDS and not gone:
+            raise UserError(
+                f"another run ({state.get('host')}, process {state.get('pid')}) was writing {self} {age:.0f} s ago; "
+                f"wait for it; if it is dead, wait {_STALE_SECONDS - age:.0f} s more or delete {self}/{name}"
+            )
+        self.delete(name)
+
+    @contextlib.contextmanager
+    def _placing(self, name: str) -> Iterator[str]:
+        """A path to write to; the file has its name only when all of it is there."""
+        path = self._path(name)
+        with self._explained():
+            if self._atomic:
+                yield path
+                return
+            folder, leaf = posixpath.split(path)
+            self._fs.makedirs(folder, exist_ok=True)
+            temporary = posixpath.join(folder, f".{leaf}.{socket.gethostname()}-{os.getpid()}.tmp")
+            yield temporary
+            self._fs.mv(temporary, path)
+
+    def _path(self, name: str) -> str:
+        return posixpath.join(self._root, name).rstrip("/") if name else self._root
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """What a remote file system raises, in one sentence; missing files stay FileNotFoundError."""
+        try:
+            yield
+        except (FileNotFoundError, NotADirectoryError, UserError):
+            raise
+        except Exception as error:  # every fsspec implementation has exceptions of its own
+            if type(error).__module__.split(".")[0] == "builtins" and not isinstance(error, OSError):
+                raise
+            raise UserError(f"{self} cannot be used ({type(error).__name__}: {error})") from error
