@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import socket
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -104,8 +106,11 @@ def _ray(address: str | None) -> Any:
         raise UserError("--engine ray needs the package ray: pip install 'genkd[ray]'") from None
     if not ray.is_initialized():
         try:
+            if match := re.fullmatch(r"(?:ray://)?([^:/]+):(\d+)", address or ""):
+                # Ray itself would wait for minutes where nobody answers.
+                socket.create_connection((match[1], int(match[2])), timeout=10).close()
             ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="error")
-        except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"no Ray cluster can be used at --address {address or 'local'} ({reason})") from None
     return ray

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import av
 import google_crc32c
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
@@ -88,7 +89,21 @@ def _check_finished(task: tuple[str, str], report: engines.Report) -> tuple[str,
 def _verify_shard(task: tuple[str, str], report: engines.Report) -> list[Problem]:
     folder, name = task
     dataset = Dataset.open(folder)
-    return _check_shard(dataset, name, pc.indices_nonzero(pc.equal(dataset.table["shard"], name)).to_pylist(), report)
+    rows = pc.indices_nonzero(pc.equal(dataset.table["shard"], name))
+    problems = _check_shard(dataset, name, rows.to_pylist(), report)
+    own = f"{name.removesuffix('.tar')}.parquet"
+    if is_shard_name(name) and dataset.storage.exists(f"shards/{own}"):
+        try:
+            table = pq.read_table(io.BytesIO(dataset.storage.read(f"shards/{own}")))
+            if (
+                not table.replace_schema_metadata(None)
+                .sort_by("offset")
+                .equals(dataset.table.take(rows).replace_schema_metadata(None).sort_by("offset"))
+            ):
+                problems.append(Problem(own, "", "holds other rows than the index"))
+        except (OSError, pa.ArrowInvalid) as error:
+            problems.append(Problem(own, "", f"cannot be read ({error})"))
+    return problems
 
 
 def _check_shard(dataset: Dataset, name: str, rows: list[int], report: engines.Report) -> list[Problem]:
