@@ -7,9 +7,25 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 
 EXTRAS = {
-    "ray": ["ray[default]>=2.40"],
+    "ray": ["ray>=2.40"],
     "s3": ["s3fs>=2024.6"],
-    "test": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.13"],
+    "bench": ["webdataset>=1", "litdata>=0.2.50", "mosaicml-streaming>=0.11"],
+    "test": [
+        "pytest>=8",
+        "pytest-timeout>=2.3",
+        "hypothesis>=6.100",
+        "ruff>=0.9",
+        "mypy>=1.13",
+        # Other readers of what genkd writes, and places that it writes to.
+        "webdataset>=1",
+        "duckdb>=1.1",
+        "datasets>=4",
+        "ray>=2.40",
+        "s3fs>=2024.6",
+        "moto[s3]>=5.1",
+        "flask>=3",
+        "flask-cors>=5",
+    ],
 }
 EXTRAS["all"] = EXTRAS["ray"] + EXTRAS["s3"]
 
@@ -41,6 +57,7 @@ setup(
         "safetensors>=0.4.5",
         "tensorboard>=2.17",
         "matplotlib>=3.9",
+        "pillow>=10",
         "Jinja2>=3.1",
     ],
     extras_require=EXTRAS,
