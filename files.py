@@ -7,7 +7,7 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,12 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def remove_leftovers(folder: Path, stem: str = "") -> None:
-    """Deletes what a killed process left half written by replacing(): of files whose names begin so, or of all."""
+def remove_leftovers(folder: Path, stems: Collection[str] = ("",)) -> None:
+    """Deletes what a killed process left half written by replacing(), of files whose names begin with a stem."""
+    begun = tuple(f".{stem}" for stem in stems)
     if folder.is_dir():
         for path in folder.iterdir():
-            if path.name.startswith(f".{stem}") and path.name.endswith(".tmp"):
+            if path.name.startswith(begun) and path.name.endswith(".tmp"):
                 path.unlink(missing_ok=True)
 
 

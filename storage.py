@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +65,8 @@ class Storage:
         """Removes a file if it is there."""
         raise NotImplementedError
 
-    def remove_leftovers(self, folder: str, stem: str = "") -> None:
-        """Deletes what killed runs left half written in a folder: of one file, or of all."""
+    def remove_leftovers(self, folder: str, stems: Collection[str] = ("",)) -> None:
+        """Deletes what killed runs left half written in a folder, of files whose names begin with one of the stems."""
         raise NotImplementedError
 
     def locked(self, part: str = "") -> contextlib.AbstractContextManager[None]:
@@ -118,8 +118,8 @@ class LocalStorage(Storage):
     def delete(self, name: str) -> None:
         (self.path / name).unlink(missing_ok=True)
 
-    def remove_leftovers(self, folder: str, stem: str = "") -> None:
-        remove_leftovers(self.path / folder, stem)
+    def remove_leftovers(self, folder: str, stems: Collection[str] = ("",)) -> None:
+        remove_leftovers(self.path / folder, stems)
 
     @contextlib.contextmanager
     def locked(self, part: str = "") -> Iterator[None]:
@@ -193,9 +193,10 @@ class RemoteStorage(Storage):
         with self._explained(), contextlib.suppress(FileNotFoundError):
             self._fs.rm_file(self._path(name))
 
-    def remove_leftovers(self, folder: str, stem: str = "") -> None:
-        for name in self.names(folder):
-            if name.startswith(f".{stem}") and name.endswith(".tmp"):
+    def remove_leftovers(self, folder: str, stems: Collection[str] = ("",)) -> None:
+        begun = tuple(f".{stem}" for stem in stems)
+        for name in [] if self._atomic else self.names(folder):
+            if name.startswith(begun) and name.endswith(".tmp"):
                 self.delete(posixpath.join(folder, name))
 
     @contextlib.contextmanager

@@ -26,6 +26,8 @@ from .export import dali_index
 from .plan import adopt, read_plan, scan_rejections
 from .sources import Rejection, SourceList, SourceVideo, printable
 
+MAX_DEADLY = 10  # videos that kill their workers; more are taken for a fault of the machine
+MAX_LOSSES = 100  # videos at which a worker died
 _FINGERPRINT, _ERRORS, _REENCODED = b"genkd.fingerprint", b"genkd.errors", b"genkd.reencoded"
 
 
@@ -43,7 +45,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class ShardTask:
-    """The videos of one shard, in order. settings: how each is encoded, by a method `encode(video, sink, on_frame)`."""
+    """The videos of one shard, in order. settings: how each is encoded, by a method `encode(video, sink, on_frame)`.
+
+    deadly: keys of videos that killed their worker repeatedly, and how.
+    """
 
     name: str
     out: str
@@ -53,6 +58,7 @@ class ShardTask:
     settings: Any
     fail_fast: bool
     fingerprint: str
+    deadly: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -101,10 +107,7 @@ def convert(
         names = [name for number, name in enumerate(plan.shards) if not part or number % part[1] == part[0] - 1]
         if part is None:
             storage.remove_leftovers("")
-            storage.remove_leftovers("shards")
-        else:
-            for name in names:
-                storage.remove_leftovers("shards", name)
+        storage.remove_leftovers("shards", [f"{name}." for name in names] if part else ("",))
         prints = {name: plan.fingerprint(name) for name in names}
         done = _finished(storage, prints)
         damaged = verify.damaged_shards(storage, sorted(done), engines.engine("local", workers)) if repair else []
@@ -122,8 +125,9 @@ def convert(
             )
             for name in pending
         ]  # fmt: skip
-        for _ in run(_convert_shard, tasks, on_progress):
+        for _ in run(_convert_shard, tasks, on_progress, _Losses()):
             pass
+        storage.remove_leftovers("shards", [f"{name}." for name in pending])
         if part:
             return Summary(storage.name, None, _shard_rejections(storage, names), len(names) - len(pending), [])
         return _finish(storage, len(names) - len(pending), tuple(damaged))
@@ -134,6 +138,23 @@ def merge(out: str | Path) -> Summary:
     storage = storage_at(out)
     with _explained(storage), storage.locked():
         return _finish(storage, 0, ())
+
+
+class _Losses:
+    """Decides what becomes of a shard whose worker died: another try, but without a video that it died of twice."""
+
+    def __init__(self):
+        self._times: Counter[str] = Counter()
+
+    def __call__(self, task: ShardTask, key: str, reason: str) -> ShardTask:
+        self._times[key] += 1
+        deadly = sum(times >= 2 for times in self._times.values())
+        if deadly > MAX_DEADLY or len(self._times) > MAX_LOSSES:
+            raise UserError(
+                f"worker processes are killed again and again (the last by {reason} at {key}), often by the system for "
+                "lack of memory; what is finished is kept: run the same command again, perhaps with fewer --workers"
+            )
+        return dataclasses.replace(task, deadly=(*task.deadly, (key, reason))) if self._times[key] >= 2 else task
 
 
 @contextlib.contextmanager
@@ -183,8 +204,14 @@ def _convert_shard(task: ShardTask, report: engines.Report) -> None:
     reencoded: Counter[str] = Counter()
     with storage.uploading(f"shards/{task.name}.tar") as path:
         with contextlib.closing(shards.ShardWriter(path)) as writer:
+            deadly = dict(task.deadly)
             for video in task.videos:
+                report(engines.Note(video.key))
                 try:
+                    if video.key in deadly:
+                        raise VideoError(
+                            "decode", f"the process that converted it died of it twice ({deadly[video.key]})"
+                        )
                     row, why = _add_video(writer, task, video, report)
                 except VideoError as error:
                     if task.fail_fast:

@@ -6,18 +6,28 @@ import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
-import queue
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UserError
 
 Report = Callable[[Any], None]
-Run = Callable[[Callable[[Any, Report], Any], "list[Any]", Report], Iterator[Any]]
+Lost = Callable[[Any, str, str], Any]
+Run = Callable[..., Iterator[Any]]
+
+LOSSES = 3  # of workers on one task without a note of what it was doing, before the run is given up
+
+
+@dataclass(frozen=True)
+class Note:
+    """A report of what a task does now, for the case that its worker dies of it."""
+
+    text: str
 
 
 class _Cancelled(BaseException):
@@ -25,69 +35,160 @@ class _Cancelled(BaseException):
 
 
 def engine(kind: str, workers: int | None, address: str | None = None) -> Run:
-    """A function (function, tasks, on_report) -> results as they finish, on "local" processes or a "ray" cluster.
+    """A function (function, tasks, on_report, on_lost=None) -> results as they finish, on "local" processes or "ray".
 
     workers: at the most so many tasks at once; None takes every core. Raises UserError for another kind.
     """
     if kind == "local":
         cores = len(os.sched_getaffinity(0)) if workers is None else workers
-        return lambda function, tasks, on_report: run_local(function, tasks, min(cores, len(tasks)), on_report)
+        return lambda function, tasks, on_report, on_lost=None: run_local(
+            function, tasks, min(cores, len(tasks)), on_report, on_lost
+        )
     if kind == "ray":
         from .ray_engine import run_ray
 
-        return lambda function, tasks, on_report: run_ray(function, tasks, on_report, address, workers)
+        return lambda function, tasks, on_report, on_lost=None: run_ray(
+            function, tasks, on_report, on_lost, address=address, workers=workers
+        )
     raise UserError(f"unknown engine {kind!r}; there are local and ray")
 
 
 def run_local(
-    function: Callable[[Any, Report], Any], tasks: Iterable[Any], workers: int, on_report: Report
-) -> Iterator[Any]:
+    function: Callable[[Any, Report], Any], tasks: Sequence[Any], workers: int, on_report: Report,
+    on_lost: Lost | None = None,
+) -> Iterator[Any]:  # fmt: skip
     """Yields function(task, report) for every task as they finish, in no fixed order.
 
     workers: processes; 0 runs everything in this one. What a task reports reaches on_report here. An exception of a
-    task stops the others at their next report and is raised here; so does Ctrl-C. Raises UserError when a worker
-    process dies.
+    task stops the others at their next report and is raised here; so does Ctrl-C. When a worker dies, its reports are
+    taken back (they have to support `-event`) and the task runs again, as on_lost(task, note, reason) returns it.
+    Raises UserError when workers die again and again.
     """
     if workers == 0:
         for task in tasks:
-            yield function(task, on_report)
+            yield function(task, lambda event: None if isinstance(event, Note) else on_report(event))
         return
-    context = multiprocessing.get_context("spawn")
-    events, stop = context.Queue(), context.Event()
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (events, stop))
+    waiting, losses = deque(enumerate(tasks)), [0] * len(tasks)
+    crew: list[_Worker] = []
     with _interrupts_held_back() as raise_interrupt:
         try:
-            with _interrupts_blocked():  # the processes that this starts inherit it: Ctrl-C is the parent's alone
-                pending = {pool.submit(_run, function, task) for task in tasks}
-            while pending:
-                done, pending = wait(pending, timeout=0.1, return_when=FIRST_COMPLETED)
-                _drain(events, on_report)
+            while waiting or any(worker.busy for worker in crew):
+                while waiting and len(crew) < workers:
+                    crew.append(_Worker(function))
+                for worker in crew:
+                    if waiting and not worker.busy:
+                        worker.begin(*waiting.popleft())
+                multiprocessing.connection.wait([worker.connection for worker in crew if worker.busy], timeout=0.1)
                 raise_interrupt()
-                for future in done:
-                    yield future.result()
-        except BrokenProcessPool:
-            raise UserError(
-                "a worker process was killed (often by the system for lack of memory); what is finished is kept: "
-                "run the same command again, perhaps with fewer --workers"
-            ) from None
+                for worker in list(crew):
+                    try:
+                        yield from worker.listen(on_report)
+                    except (EOFError, ConnectionError):
+                        crew.remove(worker)
+                        number, task = worker.lost(on_report)
+                        losses[number] += 1
+                        if on_lost and worker.note:
+                            task = on_lost(task, worker.note, worker.reason())
+                        elif losses[number] >= LOSSES:
+                            raise UserError(
+                                f"worker processes are killed again and again ({worker.reason()}, often by the system "
+                                "for lack of memory); what is finished is kept: run the same command again, perhaps "
+                                "with fewer --workers"
+                            ) from None
+                        waiting.appendleft((number, task))
         finally:
-            stop.set()
-            # Workers end only when their last reports are taken, so these are read while the pool shuts down.
-            closing = threading.Thread(target=pool.shutdown, kwargs={"wait": True, "cancel_futures": True})
-            closing.start()
-            while closing.is_alive():
-                _drain(events, on_report)
-                closing.join(0.02)
-            _drain(events, on_report)
-            events.close()
-            events.cancel_join_thread()
+            for worker in crew:
+                worker.connection.close()  # which cancels what it does at its next report
+            for worker in crew:
+                worker.process.join()
+
+
+class _Worker:
+    """A process that works off one task at a time, with a pipe of its own: its death can harm no other."""
+
+    def __init__(self, function: Callable[[Any, Report], Any]):
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, function), daemon=True)
+        with _interrupts_blocked():  # the process inherits it: Ctrl-C is the parent's alone
+            self.process.start()
+        theirs.close()
+        self.busy, self.note = False, ""
+        self._task: tuple[int, Any] = (0, None)
+        self._reported: list[Any] = []
+
+    def begin(self, number: int, task: Any) -> None:
+        self.busy, self.note, self._task, self._reported = True, "", (number, task), []
+        with contextlib.suppress(ConnectionError):  # a worker that died while idle: listen() finds out
+            self.connection.send(task)
+
+    def listen(self, on_report: Report) -> Iterator[Any]:
+        """Takes what has arrived and yields the task's result if it is among it. Raises EOFError when it is dead."""
+        while self.busy and self.connection.poll():
+            kind, content = self.connection.recv()
+            if kind == "report" and isinstance(content, Note):
+                self.note = content.text
+            elif kind == "report":
+                self._reported.append(content)
+                on_report(content)
+            elif kind == "failed":
+                error, text = content
+                raise error from RuntimeError(text)
+            else:
+                self.busy = False
+                yield content
+
+    def lost(self, on_report: Report) -> tuple[int, Any]:
+        """Takes back what the dead worker reported of its task, which is returned with its number."""
+        for event in self._reported:
+            on_report(-event)
+        self.connection.close()
+        self.process.join()
+        return self._task
+
+    def reason(self) -> str:
+        """How the process ended."""
+        code = self.process.exitcode or 0
+        return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+
+def _serve(connection: multiprocessing.connection.Connection, function: Callable[[Any, Report], Any]) -> None:
+    """A worker's life: tasks in, reports and results out, until the pipe is closed."""
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+    def report(event: Any) -> None:
+        try:
+            connection.send(("report", event))
+        except ConnectionError:
+            raise _Cancelled from None
+
+    while True:
+        try:
+            result = function(connection.recv(), report)
+            connection.send(("done", result))
+        except (EOFError, ConnectionError, _Cancelled):
+            return
+        except BaseException as error:
+            with contextlib.suppress(ConnectionError):
+                try:
+                    connection.send(("failed", (error, traceback.format_exc())))
+                except (TypeError, AttributeError, ValueError):  # what cannot be pickled
+                    connection.send(("failed", (RuntimeError(repr(error)), traceback.format_exc())))
+
+
+def _die_with_parent() -> None:
+    """A parent that is killed outright leaves no orphan writing behind a later run's back."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "only worker processes wait for their parent"
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 @contextlib.contextmanager
 def _interrupts_held_back() -> Iterator[Callable[[], None]]:
     """Gives a function that raises the KeyboardInterrupt of a Ctrl-C since the block began.
 
-    Raised anywhere else it could tear a message from a worker in two, or leave the pool half shut down.
+    Raised anywhere else it could tear a message from a worker in two, or leave a worker half started.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
@@ -112,39 +213,3 @@ def _interrupts_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, old)
-
-
-def _drain(events, on_report: Report) -> None:
-    while True:
-        try:
-            on_report(events.get_nowait())
-        except (queue.Empty, OSError):
-            return
-
-
-_worker: dict[str, Any] = {}
-
-
-def _start_worker(events, stop) -> None:
-    _worker.update(events=events, stop=stop)
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-
-
-def _die_with_parent() -> None:
-    """A parent that is killed outright leaves no orphan writing behind a later run's back."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "only worker processes wait for their parent"
-    multiprocessing.connection.wait([parent.sentinel])
-    os._exit(1)
-
-
-def _run(function: Callable[[Any, Report], Any], task: Any) -> Any:
-    def report(event: Any) -> None:
-        if _worker["stop"].is_set():
-            raise _Cancelled
-        _worker["events"].put(event)
-
-    try:
-        return function(task, report)
-    except _Cancelled:
-        return None

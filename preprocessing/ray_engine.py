@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import socket
 import time
@@ -11,8 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ..errors import UserError
+from .engines import LOSSES, Lost, Note
 
-ATTEMPTS = 4  # of a task, before a worker that dies each time is taken to be the task's fault
 _SEND_SECONDS = 0.5
 
 
@@ -34,15 +35,18 @@ def run_ray(
     function: Callable[[Any, Callable[[Any], None]], Any],
     tasks: Sequence[Any],
     on_report: Callable[[Any], None],
+    on_lost: Lost | None = None,
+    *,
     address: str | None,
     workers: int | None = None,
 ) -> Iterator[Any]:
     """Yields function(task, report) for every task as they finish, in no fixed order.
 
     address: of a running cluster, as ray.init takes it ("auto", "ray://HOST:10001", "HOST:6379"); None starts one on
-    this machine. workers: at the most so many tasks at once. A task whose worker or node is lost runs again, its
-    reports taken back (events have to support `-event`). genkd has to be installed on every node, and what tasks
-    write has to be a file system or URL that all of them see. Raises UserError.
+    this machine. workers: at the most so many tasks at once. A task whose worker or node is lost runs again, as
+    on_lost(task, note, reason) returns it, its reports taken back (they have to support `-event`). genkd has to be
+    installed on every node, and what tasks write has to be a file system or URL that all of them see.
+    Raises UserError.
     """
     ray = _ray(address)
     placed = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
@@ -51,7 +55,7 @@ def run_ray(
     mailbox = ray.remote(num_cpus=0, scheduling_strategy=placed)(Mailbox).remote()
     remote = ray.remote(num_cpus=1, max_retries=0, max_calls=0)(_call)
     heard: dict[tuple[int, int], list[Any]] = defaultdict(list)
-    attempts = [0] * len(tasks)
+    tasks, attempts, losses, notes = list(tasks), [0] * len(tasks), [0] * len(tasks), [""] * len(tasks)
     waiting = list(range(len(tasks)))[::-1]
     running: dict[Any, int] = {}
     lost = (
@@ -62,15 +66,19 @@ def run_ray(
     def listen() -> None:
         for task, attempt, events in ray.get(mailbox.take.remote()):
             if attempt == attempts[task]:  # else from a worker that was given up
-                heard[task, attempt] += events
                 for event in events:
-                    on_report(event)
+                    if isinstance(event, Note):
+                        notes[task] = event.text
+                    else:
+                        heard[task, attempt].append(event)
+                        on_report(event)
 
     try:
         while waiting or running:
             while waiting and (workers is None or len(running) < max(1, workers)):
                 task = waiting.pop()
                 attempts[task] += 1
+                notes[task] = ""
                 running[remote.remote(function, tasks[task], mailbox, task, attempts[task])] = task
             done, _ = ray.wait(list(running), timeout=0.2)
             listen()
@@ -81,9 +89,13 @@ def run_ray(
                 except lost as error:
                     for event in heard.pop((task, attempts[task]), []):
                         on_report(-event)
-                    if attempts[task] >= ATTEMPTS:
+                    losses[task] += 1
+                    # A lost node says nothing against what was worked on there.
+                    if on_lost and notes[task] and not isinstance(error, ray.exceptions.NodeDiedError):
+                        tasks[task] = on_lost(tasks[task], notes[task], type(error).__name__)
+                    elif losses[task] >= LOSSES:
                         raise UserError(
-                            f"a worker was lost {ATTEMPTS} times on the same shard ({type(error).__name__}); what is "
+                            f"a worker was lost {LOSSES} times on the same task ({type(error).__name__}); what is "
                             "finished is kept: run the same command again, with more memory a worker"
                         ) from None
                     waiting.append(task)
@@ -109,7 +121,7 @@ def _ray(address: str | None) -> Any:
             if match := re.fullmatch(r"(?:ray://)?([^:/]+):(\d+)", address or ""):
                 # Ray itself would wait for minutes where nobody answers.
                 socket.create_connection((match[1], int(match[2])), timeout=10).close()
-            ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="error")
+            ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         except (OSError, ValueError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"no Ray cluster can be used at --address {address or 'local'} ({reason})") from None
@@ -126,7 +138,7 @@ def _call(function: Callable, task: Any, mailbox: Any, number: int, attempt: int
     def report(event: Any) -> None:
         nonlocal sent
         waiting.append(event)
-        if time.monotonic() - sent > _SEND_SECONDS:
+        if isinstance(event, Note) or time.monotonic() - sent > _SEND_SECONDS:
             send()
 
     def send() -> None:

@@ -129,8 +129,8 @@ def _check_shard(dataset: Dataset, name: str, rows: list[int], report: engines.R
         for row in rows:
             try:
                 video = dataset.video(row)
-                member = members.get(video.offset)
-                if member is None or (member.name, member.size) != (f"{tar_name(video.key)}.mp4", video.size):
+                found = members.get(video.offset)
+                if found is None or (found.name, found.size) != (f"{tar_name(video.key)}.mp4", video.size):
                     raise Corrupt("the tar has no such member where the index says")
                 file.seek(video.offset)
                 _check_payload(video, file.read(video.size))

@@ -68,13 +68,14 @@ def finished_shards(out):
     return len(list((out / "shards").glob("*.parquet")))
 
 
-def test_many_kills_later_the_bytes_are_the_same(videos, slow_plain, tmp_path, content):
+@pytest.mark.parametrize(("least", "shards"), [(3, (8, 16)), pytest.param(20, (1, 3), marks=pytest.mark.slow)])
+def test_many_kills_later_the_bytes_are_the_same(videos, slow_plain, tmp_path, content, least, shards):
     out = tmp_path / "data"
     command = slow_command(videos, out)
     random = np.random.default_rng(5)
     kills = 0
     while not (out / "dataset.json").exists():
-        goal = finished_shards(out) + int(random.integers(1, 4))
+        goal = finished_shards(out) + int(random.integers(*shards))
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and finished_shards(out) < goal:
             time.sleep(0.002)
@@ -83,7 +84,7 @@ def test_many_kills_later_the_bytes_are_the_same(videos, slow_plain, tmp_path, c
             process.kill()
             kills += 1
         process.wait()
-    assert kills >= 4
+    assert kills >= least
     subprocess.run(command, check=True, capture_output=True)
     assert content(out) == content(slow_plain)
 
@@ -104,33 +105,6 @@ def test_ctrl_c_keeps_finished_shards_and_says_so(videos, slow_plain, tmp_path, 
     assert not list(out.glob("**/.*.tmp"))
     subprocess.run(command, check=True, capture_output=True)
     assert content(out) == content(slow_plain)
-
-
-def test_a_worker_that_is_killed_ends_the_run_with_a_sentence(videos, tmp_path):
-    out = tmp_path / "data"
-    command = [
-        sys.executable,
-        "-m",
-        "genkd",
-        "shard",
-        "ucf101",
-        str(videos),
-        str(out),
-        "--workers",
-        "2",
-        "--preset",
-        "veryslow",
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    children = []
-    while not children and process.poll() is None:
-        listing = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "spawn_main"], capture_output=True, text=True)
-        children = listing.stdout.split() if list((out / "shards").glob(".*.tmp")) else []
-        time.sleep(0.02)
-    os.kill(int(children[0]), signal.SIGKILL)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "worker process was killed" in told and "Traceback" not in told
 
 
 def test_no_worker_outlives_a_killed_parent(videos, tmp_path):

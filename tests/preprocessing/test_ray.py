@@ -93,8 +93,8 @@ def _die(task, report):
 def test_a_task_that_kills_every_worker_is_given_up_with_a_sentence(cluster):
     from genkd.preprocessing.ray_engine import run_ray
 
-    with pytest.raises(UserError, match="lost 4 times"):
-        list(run_ray(_die, [1], lambda event: None, cluster.address))
+    with pytest.raises(UserError, match="lost 3 times"):
+        list(run_ray(_die, [1], lambda event: None, address=cluster.address))
 
 
 def test_an_address_without_a_cluster_is_one_sentence(few, tmp_path, genkd):

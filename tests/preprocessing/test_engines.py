@@ -1,0 +1,113 @@
+"""Workers that die: their tasks run again, and what kills every worker is left out."""
+
+import dataclasses
+import importlib
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from genkd.errors import UserError
+from genkd.preprocessing import sources
+from genkd.preprocessing.convert import convert
+from genkd.preprocessing.engines import engine, run_local
+from genkd.preprocessing.video import VideoSettings
+
+# Workers import what they run, so it has to be a module of its own.
+MODULE = """
+import os, signal, time
+from genkd.preprocessing.engines import Note
+from genkd.preprocessing.video import VideoSettings
+
+def die_once(task, report):
+    path, number = task
+    report(2)
+    if number == 3 and not os.path.exists(path):
+        open(path, "w").close()
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    report(3)
+    return number * number
+
+def die_always(task, report):
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+def fail(task, report):
+    raise KeyError("a bug")
+
+class Deadly(VideoSettings):
+    def encode(self, video, sink, on_frame):
+        if "two words" in video.key or "b/good" in video.key:
+            time.sleep(0.2)
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return super().encode(video, sink, on_frame)
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    (tmp_path / "deadly_module.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module("deadly_module")
+    sys.modules.pop("deadly_module")
+
+
+def test_a_task_whose_worker_is_killed_runs_again_and_its_reports_count_once(module, tmp_path):
+    events = []
+    results = list(run_local(module.die_once, [(str(tmp_path / "x"), n) for n in range(8)], 2, events.append))
+    assert sorted(results) == [n * n for n in range(8)]
+    assert sum(events) == 8 * 5 and -2 in events
+
+
+def test_a_task_that_kills_every_worker_is_given_up_with_a_sentence(module):
+    with pytest.raises(UserError, match=r"killed again and again \(SIGSEGV.*--workers"):
+        list(run_local(module.die_always, [1, 2], 2, lambda event: None))
+
+
+def test_a_bug_in_a_task_keeps_its_traceback(module):
+    with pytest.raises(KeyError, match="a bug") as caught:
+        list(run_local(module.fail, [1], 1, lambda event: None))
+    assert "deadly_module.py" in str(caught.value.__cause__)
+
+
+def test_an_unknown_engine_is_refused():
+    with pytest.raises(UserError, match="local and ray"):
+        engine("slurm", 1)
+
+
+def test_a_video_that_kills_its_worker_twice_is_rejected_and_the_rest_converted(module, videos, tmp_path):
+    import shutil
+
+    good = sorted((videos / "UCF-101" / "Bob").iterdir())
+    for place in ("a/good.avi", "a/two words.avi", "b/good.avi", "b/other.avi"):
+        (tmp_path / "root" / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(good[len(place) % 4], tmp_path / "root" / place)
+    settings = module.Deadly("mjpeg", short_side=48)
+    summary = convert(sources.folder(tmp_path / "root"), tmp_path / "data", settings, workers=2)
+    assert [entry.path for entry in summary.rejected] == ["a/two words.avi", "b/good.avi"]
+    assert all("died of it twice (SIGSEGV)" in entry.reason for entry in summary.rejected)
+    assert summary.info["splits"]["train"]["videos"] == 2
+    assert not list((tmp_path / "data").glob("**/.*.tmp"))
+    assert dataclasses.asdict(settings) == summary.info["video"]
+
+
+def test_a_conversion_survives_the_loss_of_workers(videos, tmp_path, content):
+    settings = VideoSettings("vp9", short_side=96)
+    everything = sources.ucf101(videos)
+    few = dataclasses.replace(everything, videos=everything.videos[:6])
+    convert(few, tmp_path / "plain", settings, workers=2)
+    killed = []
+
+    def kill(event):
+        if event.frames and len(killed) < 3:
+            command = ["pgrep", "-P", str(os.getpid()), "-f", "spawn_main"]
+            pids = subprocess.run(command, capture_output=True, text=True).stdout.split()
+            if pids:  # none while both are being replaced
+                killed.append(pids[0])
+                os.kill(int(pids[0]), signal.SIGKILL)
+
+    summary = convert(few, tmp_path / "data", settings, workers=2, on_progress=kill)
+    assert len(killed) == 3 and not summary.rejected
+    assert content(tmp_path / "data") == content(tmp_path / "plain")
