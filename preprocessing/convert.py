@@ -26,6 +26,7 @@ from .export import dali_index
 from .plan import adopt, read_plan, scan_rejections
 from .sources import Rejection, SourceList, SourceVideo, printable
 
+DEADLY_TIMES = 3  # a worker dies at a video before it is left out
 MAX_DEADLY = 10  # videos that kill their workers; more are taken for a fault of the machine
 MAX_LOSSES = 100  # videos at which a worker died
 _FINGERPRINT, _ERRORS, _REENCODED = b"genkd.fingerprint", b"genkd.errors", b"genkd.reencoded"
@@ -141,20 +142,24 @@ def merge(out: str | Path) -> Summary:
 
 
 class _Losses:
-    """Decides what becomes of a shard whose worker died: another try, but without a video that it died of twice."""
+    """Decides what becomes of a shard whose worker died: another try, but without a video that it died of again and again."""
 
     def __init__(self):
         self._times: Counter[str] = Counter()
 
     def __call__(self, task: ShardTask, key: str, reason: str) -> ShardTask:
         self._times[key] += 1
-        deadly = sum(times >= 2 for times in self._times.values())
+        deadly = sum(times >= DEADLY_TIMES for times in self._times.values())
         if deadly > MAX_DEADLY or len(self._times) > MAX_LOSSES:
             raise UserError(
                 f"worker processes are killed again and again (the last by {reason} at {key}), often by the system for "
                 "lack of memory; what is finished is kept: run the same command again, perhaps with fewer --workers"
             )
-        return dataclasses.replace(task, deadly=(*task.deadly, (key, reason))) if self._times[key] >= 2 else task
+        return (
+            dataclasses.replace(task, deadly=(*task.deadly, (key, reason)))
+            if self._times[key] >= DEADLY_TIMES
+            else task
+        )
 
 
 @contextlib.contextmanager
@@ -210,7 +215,8 @@ def _convert_shard(task: ShardTask, report: engines.Report) -> None:
                 try:
                     if video.key in deadly:
                         raise VideoError(
-                            "decode", f"the process that converted it died of it twice ({deadly[video.key]})"
+                            "decode",
+                            f"the process that converted it died of it {DEADLY_TIMES} times ({deadly[video.key]})",
                         )
                     row, why = _add_video(writer, task, video, report)
                 except VideoError as error:
