@@ -142,7 +142,7 @@ def merge(out: str | Path) -> Summary:
 
 
 class _Losses:
-    """Decides what becomes of a shard whose worker died: another try, but without a video that it died of again and again."""
+    """Decides what becomes of a shard whose worker died: another try, but without a video that it always dies of."""
 
     def __init__(self):
         self._times: Counter[str] = Counter()
