@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from nvidia.dali import fn, pipeline_def, types
@@ -16,12 +16,17 @@ CPU_CODECS = ("vp8", "vp9", "mjpeg")
 GPU_CODECS = (*CPU_CODECS, "av1", "mpeg4", "h264", "hevc")
 
 
-def choose_decoder(wanted: str, codec: str, device: str) -> str:
-    """ "dali" or "pyav" for a codec and device ("cpu" or "cuda"). Raises UserError where DALI was asked for in vain."""
-    possible = codec in (GPU_CODECS if device == "cuda" else CPU_CODECS)
+def choose_decoder(wanted: str, codecs: Collection[str], device: str) -> str:
+    """ "dali" or "pyav" for videos of some codecs and a device ("cpu" or "cuda").
+
+    Raises UserError where DALI was asked for in vain.
+    """
+    unknown = sorted(set(codecs).difference(GPU_CODECS if device == "cuda" else CPU_CODECS))
+    possible = not unknown
     if wanted == "dali" and not possible:
         raise UserError(
-            f"data.decoder: DALI does not decode {codec} on {device}; use data.decoder=pyav, or shard with --codec vp9"
+            f"data.decoder: DALI does not decode {', '.join(unknown)} on {device}; use data.decoder=pyav, "
+            "or shard with --codec vp9"
         )
     return "dali" if possible and wanted != "pyav" else "pyav"
 

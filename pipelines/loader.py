@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from nvidia.dali.pipeline import Pipeline
 
@@ -94,7 +95,8 @@ class Loader:
         self.device = torch.device(device)
         self.rows = dataset.rows(split) if rows is None else rows
         require_readable(dataset, np.unique(dataset.table["shard"].take(self.rows).to_numpy(zero_copy_only=False)))
-        self.decoder = graph.choose_decoder(config.decoder, dataset.info["video"]["codec"], self.device.type)
+        codecs = pc.unique(dataset.table["codec"].take(self.rows)).to_pylist()
+        self.decoder = graph.choose_decoder(config.decoder, codecs, self.device.type)
         self.threads = config.decoder_threads or min(8, len(os.sched_getaffinity(0)))
         self.stats = Stats()
         self.epoch, self.batch = 0, 0

@@ -191,6 +191,38 @@ def test_bad_requests_are_refused_before_work(data, shard_sets, tmp_path):
         loader(Dataset.open(tmp_path / "copy"))
 
 
+def test_copied_sources_of_several_codecs_are_loaded_together(shard_sets, tmp_path):
+    """A data set made by copying has whatever codecs its sources had; the decoder is chosen for what is there."""
+    import dataclasses
+
+    from genkd.preprocessing.convert import convert
+    from genkd.preprocessing.interop import dataset_sources
+    from genkd.preprocessing.video import VideoSettings
+
+    listed = [dataset_sources(shard_sets(codec), "train") for codec in ("h264", "vp9")]
+    videos = [
+        dataclasses.replace(video, key=f"{number}/{video.key}")
+        for number, one in enumerate(listed) for video in one.videos
+    ]  # fmt: skip
+    both = dataclasses.replace(listed[0], root=tmp_path / "none", videos=tuple(videos))
+    convert(both, tmp_path / "both", VideoSettings("copy", short_side=0), workers=0)
+    dataset = Dataset.open(tmp_path / "both")
+    assert set(dataset.table["codec"].to_pylist()) == {"h264", "vp9"} and not dataset.info["reencoded"]
+    with loader(dataset, training=False) as batches:
+        assert batches.decoder == "pyav"
+        mixed = {int(row): clip for batch in batches for row, clip in zip(batch.ids, batch.clips, strict=True)}
+    only = np.flatnonzero(np.char.startswith(np.asarray(dataset.table["key"].to_pylist()), "1/"))
+    with loader(dataset, training=False, rows=only) as batches:
+        assert batches.decoder == "dali"
+    with loader(shard_sets("h264"), training=False) as batches:
+        plain = {int(row): clip for batch in batches for row, clip in zip(batch.ids, batch.clips, strict=True)}
+    keys = dataset.table["key"].to_pylist()
+    row_of = {key: row for row, key in enumerate(shard_sets("h264").table["key"].to_pylist())}
+    for row, clip in mixed.items():
+        if keys[row].startswith("0/"):
+            assert torch.equal(clip, plain[row_of[keys[row][2:]]])
+
+
 def test_closing_ends_threads(data):
     def threads():
         gc.collect()
