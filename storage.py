@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import posixpath
+import shutil
 import socket
 import tempfile
 import threading
@@ -22,6 +23,7 @@ from .files import locked, remove_leftovers, replacing, write_atomically
 _ATOMIC_PROTOCOLS = frozenset(["s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "r2"])
 _STALE_SECONDS = 120.0  # a remote lock whose holder has not renewed it for so long belongs to a dead run
 _BEAT_SECONDS = 20.0
+_SCRATCH = "genkd-scratch-"  # then the process, in the folder for temporary files
 
 
 def storage_at(place: str | Path) -> Storage:
@@ -157,7 +159,7 @@ class RemoteStorage(Storage):
 
     @contextlib.contextmanager
     def downloaded(self, name: str) -> Iterator[Path]:
-        with tempfile.TemporaryDirectory(prefix="genkd-") as folder:
+        with tempfile.TemporaryDirectory(prefix=f"{_SCRATCH}{os.getpid()}-") as folder:
             local = Path(folder, posixpath.basename(name))
             with self._explained():
                 self._fs.get_file(self._path(name), str(local))
@@ -169,7 +171,7 @@ class RemoteStorage(Storage):
 
     @contextlib.contextmanager
     def uploading(self, name: str) -> Iterator[Path]:
-        with tempfile.TemporaryDirectory(prefix="genkd-") as folder:
+        with tempfile.TemporaryDirectory(prefix=f"{_SCRATCH}{os.getpid()}-") as folder:
             local = Path(folder, posixpath.basename(name))
             yield local
             with self._placing(name) as path:
@@ -194,6 +196,9 @@ class RemoteStorage(Storage):
             self._fs.rm_file(self._path(name))
 
     def remove_leftovers(self, folder: str, stems: Collection[str] = ("",)) -> None:
+        for place in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*-*"):
+            if not Path("/proc", place.name.removeprefix(_SCRATCH).split("-")[0]).exists():
+                shutil.rmtree(place, ignore_errors=True)
         begun = tuple(f".{stem}" for stem in stems)
         for name in [] if self._atomic else self.names(folder):
             if name.startswith(begun) and name.endswith(".tmp"):
