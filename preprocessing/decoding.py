@@ -3,32 +3,38 @@
 from __future__ import annotations
 
 import contextlib
-import io
+import itertools
 import os
-import re
 from collections.abc import Iterator
 from fractions import Fraction
-from pathlib import Path
+from typing import cast
 
 import av
 import av.filter
 import numpy as np
 from av.sidedata.sidedata import Type as SideData
 
+from .containers import (
+    FRAME_NAME,
+    VideoError,
+    declared_seconds,
+    frame_files,
+    given_rate,
+    open_container,
+    require_readable,
+    video_stream,
+)
 from .sources import SourceVideo
 
-FRAME_NAME = "image_%05d.jpg"
+__all__ = [
+    "FRAME_NAME", "Frames", "VideoError", "build_graph", "filtered", "is_turned", "open_container", "open_frames",
+    "rgb_frames", "upright_filters",
+]  # fmt: skip
+
 # Codecs whose streams may hold interlaced pictures; the deinterlacer passes progressive ones on untouched.
 _INTERLACING = frozenset(["dvvideo", "ffv1", "h264", "hevc", "mpeg1video", "mpeg2video", "mpeg4", "prores", "vc1"])
+_MOST_REPEATS = 20_000  # of a frame; 13 minutes at 25 frames a second
 _TRANSPOSE = {90: "clock", 270: "cclock"}  # by the degrees that a player turns the picture clockwise
-
-
-class VideoError(Exception):
-    """A source that cannot be converted: the stage that failed (open, decode, encode) and the reason."""
-
-    def __init__(self, stage: str, reason: str):
-        super().__init__(reason)
-        self.stage, self.reason = stage, reason
 
 
 class Frames:
@@ -39,24 +45,35 @@ class Frames:
     """
 
     def __init__(self, frames: Iterator[av.VideoFrame], rate: Fraction | None, time_base: Fraction, codec: str):
+        self.rate, self.time_base, self.codec = rate, time_base, codec
         first = next(frames, None)
         if first is None:
             raise VideoError("decode", "the video stream holds no frame that can be decoded")
-        self.first, self.rate, self.time_base, self.codec = first, rate, time_base, codec
+        self.first = first
         self.pixel_aspect = Fraction(1)
         self.count = 0
-        self._frames = frames
+        self._frames, self._dropped = frames, 0
 
     def __iter__(self) -> Iterator[av.VideoFrame]:
-        """Every frame, at the first one's size and pixel format, with increasing time stamps."""
-        first, last = self.first, None
-        for frame in self._all():
+        """Every frame, at the first one's size and pixel format, with increasing time stamps from 0.
+
+        From 0, as the rate filter rounds to multiples of a frame's duration, and a clock half a frame off would make
+        it repeat and drop frames at random.
+        """
+        first, start, last = self.first, None, 0
+        for frame in itertools.chain([first], self._frames):
             self.count += 1
-            if frame.pts is None:
-                frame.pts = 0 if last is None else last + self.frame_ticks
-            elif last is not None and frame.pts <= last:
-                continue  # the rate filter would drop it too, with a warning each
+            assert frame.pts is not None, "every kind of source gives its frames a time"
+            if start is None:
+                start = frame.pts
+            elif frame.pts <= last:
+                self._dropped += 1  # the rate filter would drop it too, with a warning each
+                continue
             last = frame.pts
+            frame.pts -= start
+            self._refuse_endless(frame.pts)
+            if not frame.duration or frame.duration > _MOST_REPEATS * self.frame_ticks:
+                frame.duration = self.frame_ticks  # the rate filter repeats the last frame for as long as it lasts
             if (frame.width, frame.height, frame.format.name) != (first.width, first.height, first.format.name):
                 frame = _fitted(frame, first)
             yield frame
@@ -66,12 +83,16 @@ class Frames:
         """What a frame lasts at the average rate, in units of time_base."""
         return max(1, round(1 / ((self.rate or 25) * self.time_base)))
 
-    def _all(self) -> Iterator[av.VideoFrame]:
-        yield self.first
-        yield from self._frames
+    def _refuse_endless(self, ticks: int) -> None:
+        """Damaged time stamps would be filled with repeated frames for hours."""
+        if ticks / self.frame_ticks > 100 * self.count + _MOST_REPEATS:
+            seconds = float(ticks * self.time_base)
+            raise VideoError("decode", f"damaged time stamps: {self.count} frames in {seconds:.0f} seconds")
 
     def refuse_damaged(self) -> None:
         """Raises VideoError if what was read shows that the source is cut off or largely damaged."""
+        if self._dropped > max(2, 0.05 * self.count):
+            raise VideoError("decode", f"damaged time stamps: {self._dropped} of {self.count} do not increase")
 
 
 def _fitted(frame: av.VideoFrame, model: av.VideoFrame) -> av.VideoFrame:
@@ -99,11 +120,8 @@ def open_frames(video: SourceVideo) -> Iterator[Frames]:
         yield _array_frames(video)
         return
     with open_container(video) as container:
-        stream = container.streams.best("video")
-        assert stream is not None
-        stream.codec_context.thread_count = 1
         kind = _FolderFrames if os.path.isdir(video.path) else _ContainerFrames
-        yield kind(container, stream, video)
+        yield kind(container, video_stream(container), video)
 
 
 def upright_filters(frames: Frames) -> list[tuple[str, str]]:
@@ -131,6 +149,7 @@ def build_graph(frames: Frames, filters: list[tuple[str, str]]) -> av.filter.Gra
     """A filter graph from the frames' own properties through `filters` to a sink."""
     first = frames.first
     graph = av.filter.Graph()
+    graph.threads = 1  # else every frame is cut up for all cores, which other workers use
     colour = f":colorspace={int(first.colorspace)}:range={int(first.color_range)}"
     source = graph.add(
         "buffer",
@@ -152,8 +171,6 @@ def filtered(graph: av.filter.Graph, frames: Frames) -> Iterator[av.VideoFrame]:
                 return
 
     for frame in frames:
-        if not frame.duration:  # without one, the rate filter takes the last frame to end where it begins
-            frame.duration = frames.frame_ticks
         graph.vpush(frame)
         yield from ready()
     graph.vpush(None)
@@ -175,40 +192,103 @@ def rgb_frames(video: SourceVideo, height: int | None = None) -> Iterator[np.nda
         frames.refuse_damaged()
 
 
+class _Clock:
+    """Gives decoded frames their time: what the container says where that makes sense, in stream units.
+
+    Of presentation and decoding time the one with fewer faults is taken, as FFmpeg's avcodec does for its programs.
+    AVI knows decoding times only. Where streams were joined, and time begins anew, the next frame follows the last.
+    """
+
+    def __init__(self, container: av.container.InputContainer, stream: av.VideoStream):
+        assert stream.time_base is not None
+        second = float(1 / stream.time_base)
+        joins = _flagged(container, av.format.Flags.ts_discont)
+        self._back, self._ahead = -0.5 * second, 10 * second if joins else float("inf")
+        self._decoding_only = _is_avi(container)
+        self._faults, self._latest = [0, 0], [float("-inf")] * 2
+        self._last: int | None = None
+        self._shift = 0
+
+    def read(self, frame: av.VideoFrame, ticks: int) -> int:
+        """The time of the next frame; ticks: how long a frame lasts."""
+        times = [None if self._decoding_only else frame.pts, frame.dts]
+        for kind, at in enumerate(times):
+            if at is not None:
+                self._faults[kind] += at <= self._latest[kind]
+                self._latest[kind] = at
+        pts, dts = times
+        at = dts if pts is None or (dts is not None and self._faults[0] > self._faults[1]) else pts
+        if at is None:
+            at = (frame.pts or 0) if self._last is None else self._last + ticks
+        elif self._last is not None:
+            if not self._back < at + self._shift - self._last < self._ahead:
+                self._shift = self._last + ticks - at
+            at += self._shift
+        self._last = at
+        return at
+
+
 class _ContainerFrames(Frames):
     """Frames of a container's stream. Damaged packets are passed over as FFmpeg does, and judged at the end."""
 
     def __init__(self, container: av.container.InputContainer, stream: av.VideoStream, video: SourceVideo):
         self._container, self._stream, self._video = container, stream, video
         self._packets, self._damaged, self._end = 0, 0, 0.0  # _end: seconds
-        self._origin = float((stream.start_time or 0) * stream.time_base) if stream.time_base else 0.0
+        self._origin = (container.start_time or 0) / av.time_base  # as players and FFmpeg's -ss count
         assert stream.time_base is not None
         rate = stream.average_rate or stream.guessed_rate
+        codec = stream.codec_context.codec.canonical_name
         super().__init__(
-            self._decoded(), Fraction(rate) if rate and 0 < rate <= 1000 else None, stream.time_base, stream.name
+            self._decoded(), Fraction(rate) if rate and 1e-3 <= rate <= 1000 else None, stream.time_base, codec
         )
         aspect = Fraction(stream.sample_aspect_ratio or 1)
         self.pixel_aspect = aspect if Fraction(1, 4) <= aspect <= 4 else Fraction(1)  # else a nonsensical header value
 
     def _decoded(self) -> Iterator[av.VideoFrame]:
-        start, end = self._video.start_s, self._video.end_s
-        if start:
-            assert self._stream.time_base is not None
-            with contextlib.suppress(av.FFmpegError):  # a container that cannot seek is read from its beginning
-                self._container.seek(int((start + self._origin) / self._stream.time_base), stream=self._stream)
-        tolerance = 0.001
-        for frame in self._read():
-            at = (frame.time or 0.0) - self._origin
-            if start is not None and at < start - tolerance:
-                continue
+        start, end = self._video.start_s or 0.0, self._video.end_s
+        frames = self._read(self._container, self._stream)
+        if _is_avi(self._container) and (first := next(frames, None)) is not None:
+            self._origin += self._seconds(first)  # its clock runs late by the frames that the decoder holds back
+            frames = itertools.chain([first], frames)
+        tolerance, given = 0.001, False
+        for frame in self._from(start) if start else frames:
+            at = self._seconds(frame)
             if end is not None and at >= end - tolerance:
                 self._end = max(self._end, end)
-                return
-            self._end = max(self._end, at)
-            yield frame
+                break
+            self._end = max(self._end, at + float((frame.duration or 0) * self.time_base))
+            if at >= start - tolerance:
+                given = True
+                yield frame
+        if not given and (start or end is not None):
+            until = "its end" if end is None else f"{end:g} s"
+            raise VideoError("decode", f"no frame from {start:g} s to {until}; read as far as {self._end:.2f} s")
 
-    def _read(self) -> Iterator[av.VideoFrame]:
-        packets = self._container.demux(self._stream)
+    def _seconds(self, frame: av.VideoFrame) -> float:
+        assert frame.pts is not None, "the clock has set it"
+        return float(frame.pts * self.time_base) - self._origin
+
+    def _from(self, start: float) -> Iterator[av.VideoFrame]:
+        """Frames in order, the first of them not after `start` seconds."""
+        container, stream = self._container, self._stream
+        if not _flagged(container, av.format.Flags.no_timestamps):
+            for back in (0.25, 10.0):  # a key frame's decoding time, by which some seek, precedes its own
+                try:
+                    container.seek(int((start - back + self._origin) / self.time_base), stream=stream)
+                except av.FFmpegError:
+                    break
+                frames = self._read(container, stream)
+                first = next(frames, None)
+                if first is not None and self._seconds(first) <= start:
+                    yield first
+                    yield from frames
+                    return
+        with open_container(self._video) as again:  # a failed seek may have moved anywhere
+            yield from self._read(again, video_stream(again))
+
+    def _read(self, container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
+        packets = container.demux(stream)
+        clock = _Clock(container, stream)
         while True:
             try:
                 packet = next(packets)
@@ -226,11 +306,12 @@ class _ContainerFrames(Frames):
                 raise VideoError("decode", f"the video stream cannot be decoded ({error.strerror})") from None
             for frame in frames:
                 if frame.width and frame.height:
+                    frame.pts = clock.read(frame, self.frame_ticks)
                     yield frame
 
     def refuse_damaged(self) -> None:
         """Raises VideoError for a file that ends early, which many containers do not report, or is largely damaged."""
-        declared, seconds = self._stream.frames, _declared_seconds(self._container, self._stream)
+        declared, seconds = self._stream.frames, declared_seconds(self._container, self._stream)
         start, end = self._video.start_s or 0.0, self._video.end_s
         if declared and start == 0 and end is None:
             # Packets, not frames: trimming without encoding leaves frames that an edit list hides.
@@ -238,8 +319,9 @@ class _ContainerFrames(Frames):
                 raise VideoError("decode", f"cut off or damaged: {self._packets} of {declared} frames are there")
         elif seconds:
             goal = seconds if end is None else min(end, seconds)
-            if self._end - start < 0.8 * (goal - start) - 0.3:
+            if self._end - start < 0.95 * (goal - start) - 0.5:
                 raise VideoError("decode", f"cut off or damaged: it ends after {self._end:.1f} of {goal:.1f} seconds")
+        super().refuse_damaged()
         if self._damaged > max(2, 0.05 * self._packets):
             raise VideoError("decode", f"damaged: {self._damaged} of {self._packets} packets cannot be decoded")
 
@@ -247,24 +329,33 @@ class _ContainerFrames(Frames):
 class _FolderFrames(_ContainerFrames):
     """Numbered JPEG files; every file of the folder must be part of the sequence."""
 
+    def __init__(self, container: av.container.InputContainer, stream: av.VideoStream, video: SourceVideo):
+        self._there = frame_files(video.path)
+        super().__init__(container, stream, video)
+
     def refuse_damaged(self) -> None:
-        there = sum(re.fullmatch(r"image_\d{5,}\.jpg", name) is not None for name in os.listdir(self._video.path))
-        if self._packets < there:
-            missing = FRAME_NAME % (self._packets + 1)
-            raise VideoError("decode", f"{missing} is missing: {self._packets} of {there} frames can be read in order")
+        if self._packets < self._there and self._video.start_s is None and self._video.end_s is None:
+            raise VideoError("decode", f"{FRAME_NAME % (self._packets + 1)} cannot be read; {self._there} are there")
         super().refuse_damaged()
 
 
+def _flagged(container: av.container.InputContainer, flag: av.format.Flags) -> bool:
+    return bool(container.format.flags & cast(int, flag.value))
+
+
+def _is_avi(container: av.container.InputContainer) -> bool:
+    return container.format.name == "avi"
+
+
 def _array_frames(video: SourceVideo) -> Frames:
+    require_readable(video.path)
     try:
-        array = np.load(video.path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise VideoError("open", "the file is gone, or its link points nowhere") from None
+        array = np.lib.format.open_memmap(video.path, mode="r")
     except (OSError, ValueError, EOFError) as error:
         raise VideoError("open", f"not a readable .npy array ({error})") from None
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (2, 3) or 0 in array.shape:
         raise VideoError("open", f"an array of {array.dtype} {array.shape} is neither uint8 (T,H,W,3) nor (T,H,W,2)")
-    rate = _given_rate(video)
+    rate = given_rate(video)
 
     def frames() -> Iterator[av.VideoFrame]:
         for number, image in enumerate(array):
@@ -278,77 +369,9 @@ def _array_frames(video: SourceVideo) -> Frames:
     return Frames(frames(), rate, 1 / rate, "npy")
 
 
-def _given_rate(video: SourceVideo) -> Fraction:
-    if not video.fps:
-        raise VideoError("open", "frames without a video state no frame rate; give it with --source-fps")
-    return Fraction(video.fps).limit_denominator(1001)
-
-
-@contextlib.contextmanager
-def open_container(video: SourceVideo) -> Iterator[av.container.InputContainer]:
-    """A source as a container with a video stream. Raises VideoError."""
-    options: dict = {}
-    path: str | io.BufferedReader = video.path
-    with contextlib.ExitStack() as stack:
-        try:
-            if os.path.isdir(video.path):
-                path = str(Path(video.path.replace("%", "%%"), FRAME_NAME))
-                rate = _given_rate(video)
-                options = {"format": "image2", "options": {"framerate": str(rate), "start_number": "1"}}
-            elif os.path.getsize(video.path) == 0:
-                raise VideoError("open", "the file is empty")
-            if video.span:
-                path = stack.enter_context(io.BufferedReader(_Span(video.path, *video.span)))
-            container = stack.enter_context(av.open(path, metadata_errors="replace", **options))
-        except PermissionError:
-            raise VideoError("open", "no permission to read the file") from None
-        except FileNotFoundError:
-            raise VideoError("open", "the file is gone, or its link points nowhere") from None
-        except (av.FFmpegError, OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise VideoError(
-                "open", f"not a video that FFmpeg can read, or cut off before its index ({reason})"
-            ) from None
-        if container.streams.best("video") is None:
-            found = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
-            raise VideoError("open", f"no video stream in the file (it holds {found})")
-        yield container
-
-
-class _Span(io.RawIOBase):
-    """`size` bytes of a file from `offset`, as a file of their own."""
-
-    def __init__(self, path: str, offset: int, size: int):
-        self._file = open(path, "rb")  # noqa: SIM115 (closed by close)
-        self._offset, self._size, self._at = offset, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        self._at = max(0, base + offset)
-        return self._at
-
-    def readinto(self, buffer) -> int:
-        left = max(0, self._size - self._at)
-        self._file.seek(self._offset + self._at)
-        data = self._file.read(min(len(buffer), left))
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
 def _display(frame: av.VideoFrame) -> tuple[int, bool]:
     """How a player shows a frame: mirrored first or not, then turned clockwise by 0, 90, 180 or 270 degrees."""
-    side = frame.side_data.get(SideData.DISPLAYMATRIX)
+    side = frame.side_data.get(SideData.DISPLAYMATRIX)  # type: ignore[call-overload]
     if side is None:
         return 0, False
     a, b, _, c, d = np.frombuffer(bytes(side), np.int32)[:5].tolist()
@@ -357,14 +380,3 @@ def _display(frame: av.VideoFrame) -> tuple[int, bool]:
         a, b = -a, -b
     turn = np.degrees(np.arctan2(b, a))
     return int(round(turn / 90) * 90) % 360, flipped
-
-
-def _declared_seconds(container: av.container.InputContainer, stream: av.VideoStream) -> float:
-    """How long the header says that the video stream is; 0 where it does not say."""
-    if stream.duration and stream.time_base:
-        return float(stream.duration * stream.time_base)
-    match = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
-    if match:
-        return int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3])
-    # The container's own length may be that of another stream.
-    return container.duration / av.time_base if container.duration and len(container.streams) == 1 else 0.0
