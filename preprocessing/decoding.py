@@ -28,7 +28,7 @@ from .sources import SourceVideo
 
 __all__ = [
     "FRAME_NAME", "Frames", "VideoError", "build_graph", "filtered", "is_turned", "open_container", "open_frames",
-    "rgb_frames", "upright_filters",
+    "rgb_frames", "stream_aspect", "stream_rate", "upright_filters",
 ]  # fmt: skip
 
 # Codecs whose streams may hold interlaced pictures; the deinterlacer passes progressive ones on untouched.
@@ -228,6 +228,18 @@ class _Clock:
         return at
 
 
+def stream_rate(stream: av.VideoStream) -> Fraction | None:
+    """Frames a second, on average; None if the container gives no usable one."""
+    rate = stream.average_rate or stream.guessed_rate
+    return Fraction(rate) if rate and 1e-3 <= rate <= 1000 else None
+
+
+def stream_aspect(stream: av.VideoStream) -> Fraction:
+    """Width : height of a pixel; 1 where the header says nothing or nonsense."""
+    aspect = Fraction(stream.sample_aspect_ratio or 1)
+    return aspect if Fraction(1, 4) <= aspect <= 4 else Fraction(1)
+
+
 class _ContainerFrames(Frames):
     """Frames of a container's stream. Damaged packets are passed over as FFmpeg does, and judged at the end."""
 
@@ -236,13 +248,10 @@ class _ContainerFrames(Frames):
         self._packets, self._damaged, self._end = 0, 0, 0.0  # _end: seconds
         self._origin = (container.start_time or 0) / av.time_base  # as players and FFmpeg's -ss count
         assert stream.time_base is not None
-        rate = stream.average_rate or stream.guessed_rate
-        codec = stream.codec_context.codec.canonical_name
         super().__init__(
-            self._decoded(), Fraction(rate) if rate and 1e-3 <= rate <= 1000 else None, stream.time_base, codec
+            self._decoded(), stream_rate(stream), stream.time_base, stream.codec_context.codec.canonical_name
         )
-        aspect = Fraction(stream.sample_aspect_ratio or 1)
-        self.pixel_aspect = aspect if Fraction(1, 4) <= aspect <= 4 else Fraction(1)  # else a nonsensical header value
+        self.pixel_aspect = stream_aspect(stream)
 
     def _decoded(self) -> Iterator[av.VideoFrame]:
         start, end = self._video.start_s or 0.0, self._video.end_s

@@ -68,7 +68,7 @@ def dali_index(tar_path: Path) -> bytes:
     lines: list[list[str]] = []
     last = None
     try:
-        with tarfile.open(tar_path) as tar:
+        with tarfile.open(tar_path, "r:") as tar:
             for member in tar:
                 folder, _, name = member.name.rpartition("/")
                 stem, _, extension = name.partition(".")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 import av
 
 from .containers import declared_seconds, open_container, video_stream
-from .decoding import Frames, VideoError, is_turned, open_frames, upright_filters
+from .decoding import Frames, VideoError, is_turned, stream_aspect, stream_rate, upright_filters
 from .shards import Encoded, Sink
 from .sources import SourceVideo
 
@@ -39,16 +40,21 @@ def remux(
     """
     if video.path.endswith(".npy") or video.start_s is not None or video.end_s is not None:
         raise Misfit("not a whole video file")
-    with open_frames(video) as frames:
-        _require_format(frames, settings)
-    rate = frames.rate
-    assert rate is not None, "_require_format has checked it"
     with open_container(video) as container:
         stream = video_stream(container)
         assert stream.time_base is not None
+        packets = _packets(container, stream)
+        head = next(packets, None)
+        if head is None:
+            raise VideoError("decode", "the video stream holds no packet")
+        frames = _look_at(stream, head)
+        _require_format(frames, settings)
+        rate = frames.rate
+        assert rate is not None, "_require_format has checked it"
         copier = _Copier(sink, stream, rate, settings.gop, muxer)
         with contextlib.closing(copier):
-            for packet in _with_dts(_packets(container, stream), float(1 / rate / stream.time_base)):
+            every = itertools.chain([head], packets)
+            for packet in _with_dts(every, float(1 / rate / stream.time_base)):
                 copier.add(packet)
                 on_frame()
             key_frames = copier.finish()
@@ -62,6 +68,20 @@ def remux(
             frames.first.width, frames.first.height, float(rate), number, (*key_frames, number),
             frames.codec, float(rate), number,
         )  # fmt: skip
+
+
+def _look_at(stream: av.VideoStream, packet: av.Packet) -> Frames:
+    """The first frame and what the stream says of the others. The stream's decoder is spent afterwards."""
+    context, found = stream.codec_context, []
+    with contextlib.suppress(av.FFmpegError, EOFError):
+        found += context.decode(packet)
+        found += context.decode(None)  # a decoder that reorders frames gives the first one only so
+    if not found:
+        raise Misfit("a first frame that cannot be decoded")
+    assert stream.time_base is not None
+    frames = Frames(iter(found), stream_rate(stream), stream.time_base, context.codec.canonical_name)
+    frames.pixel_aspect = stream_aspect(stream)
+    return frames
 
 
 def _require_format(frames: Frames, settings: VideoSettings) -> None:

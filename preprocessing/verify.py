@@ -114,7 +114,7 @@ def _check_shard(dataset: Dataset, name: str, rows: list[int], report: engines.R
     with contextlib.ExitStack() as stack:
         try:
             path = stack.enter_context(dataset.storage.downloaded(f"shards/{name}"))
-            with tarfile.open(path) as tar:
+            with tarfile.open(path, "r:") as tar:
                 members = {member.offset_data: member for member in tar}
             index = dali_index(path)
         except (OSError, UserError, tarfile.TarError) as error:
