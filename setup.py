@@ -9,7 +9,6 @@ ROOT = Path(__file__).parent
 EXTRAS = {
     "ray": ["ray>=2.40"],
     "s3": ["s3fs>=2024.6"],
-    "bench": ["webdataset>=1", "litdata>=0.2.50", "mosaicml-streaming>=0.11"],
     "test": [
         "pytest>=8",
         "pytest-timeout>=2.3",

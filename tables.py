@@ -103,7 +103,21 @@ def benchmark_tables(result: dict[str, Any]) -> list[Table]:
             row["name"], f"{row['median']:.2f}", f"{row['p10']:.2f}", f"{row['p90']:.2f}", f"{row['ratio']:.2f}",
             ", ".join(f"{key} {value}" for key, value in row.get("extra", {}).items()),
         )  # fmt: skip
-    return [table]
+    tables = [table]
+    if result.get("targets"):
+        targets = _table("targets", "what", "measured", "goal", "met")
+        for entry in result["targets"]:
+            bounds = (("at_least", "at least"), ("at_most", "at most"))
+            goal = ", ".join(f"{word} {entry[key]:g}" for key, word in bounds if entry[key] is not None)
+            met = {True: "yes", False: "no"}.get(entry["met"], "")
+            targets.add_row(entry["name"], f"{entry['measured']:.3g}", goal, met)
+        tables.append(targets)
+    if result["about"].get("skipped"):
+        skipped = _table("left out", "what", "found")
+        for name, reason in result["about"]["skipped"].items():
+            skipped.add_row(name, reason)
+        tables.append(skipped)
+    return tables
 
 
 def doctor_tables(findings: list[dict[str, Any]]) -> list[Table]:

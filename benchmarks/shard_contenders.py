@@ -61,7 +61,8 @@ def run_genkd(job: Job) -> None:
     if summary.rejected:
         bad = summary.rejected[0]
         sys.exit(f"{len(summary.rejected)} videos cannot be measured with, e.g. {bad.path}: {bad.reason}")
-    if summary.info and summary.info.get("reencoded"):
+    assert summary.info is not None, "only slices have no index"
+    if summary.info["reencoded"]:
         sys.exit(f"not every video was copied: {summary.info['reencoded']}")
     job.log_frames(sum(entry["frames"] for entry in summary.info["splits"].values()))
 
