@@ -4,7 +4,6 @@ import csv
 import json
 import shutil
 
-import duckdb
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -118,6 +117,7 @@ def test_a_data_set_is_copied_and_exported(data, tmp_path, genkd):
     for column in ("key", "split", "label", "num_frames", "gop_frames", "codec", "width"):
         assert copy.table[column].equals(original.table[column]), column
     genkd("export-parquet", data, tmp_path / "parquet")
+    duckdb = pytest.importorskip("duckdb", reason="needs the package duckdb")
     query = f"select label, count(*) from '{tmp_path}/parquet/data/*.parquet' group by 1 order by 1"
     assert duckdb.sql(query).fetchall() == [(0, 5), (1, 5)]
     table = pq.read_table(tmp_path / "parquet" / "data")
