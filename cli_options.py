@@ -27,7 +27,18 @@ class _Place(click.ParamType):
         return value if "://" in str(value) else Path(value)
 
 
-PLACE = _Place()
+class _Source(click.ParamType):
+    """A path of this machine."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        if "://" in str(value):
+            self.fail(f"{value} is a URL; sources are read from a local or mounted folder", param, ctx)
+        return Path(value)
+
+
+PLACE, SOURCE = _Place(), _Source()
 
 
 def examples(text: str) -> Callable:

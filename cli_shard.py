@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from .cli_options import CORES, FOLDER, PLACE, examples, with_options
+from .cli_options import CORES, FOLDER, PLACE, SOURCE, examples, with_options
 from .errors import UserError
 
 _ENCODING = (
@@ -34,12 +34,13 @@ RUNNING = (
                  "`genkd shard --merge OUT` ends them."),
     click.option("--refresh", is_flag=True, help="Convert sources again that changed, add new ones, drop lost ones."),
     click.option("--repair", is_flag=True, help="Check every finished shard and rebuild those that are damaged."),
+    click.option("--retry-rejected", is_flag=True, help="Try sources again that an earlier run rejected."),
     click.option("--dry-run", is_flag=True, help="Print the plan and an estimate of size and time; write nothing."),
     click.option("--on-error", type=click.Choice(["skip", "fail"]), default="skip", show_default=True,
                  help="A source that cannot be converted: record it and go on, or stop."),
     click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON."),
 )  # fmt: skip
-_ROOT = (click.argument("root", type=FOLDER), click.argument("out", type=PLACE))
+_ROOT = (click.argument("root", type=SOURCE), click.argument("out", type=PLACE))
 _SOURCE_FPS = click.option(
     "--source-fps",
     type=click.FloatRange(0, min_open=True),
@@ -93,7 +94,9 @@ def folder(root: Path, out: str | Path, test_fold: str | None, group_by: str | N
     from .preprocessing import sources
 
     source = sources.folder(root, test_fold=test_fold, group_by=group_by, source_fps=source_fps)
-    _convert(source, out, **options)
+    summary = _convert(source, out, **options)
+    if summary and summary.info and not options["as_json"] and list(summary.info["splits"]) == ["train"]:
+        click.echo("note: there is no test split; --test-fold makes one")
 
 
 @shard.command()
@@ -183,6 +186,7 @@ def thumos14(root: Path, out: str | Path, annotations: Path | None, flow: bool, 
 
     options["fps"] = options["fps"] or 10.0
     if flow:
+        _refuse_scaling(options)
         options.update(short_side=0, modality="flow")
     elif options["size"] is None and options["short_side"] is None:
         options["size"] = "112x112"
@@ -194,15 +198,28 @@ def thumos14(root: Path, out: str | Path, annotations: Path | None, flow: bool, 
 @click.option("--split", help="Only this split.")
 @examples("genkd shard dataset data/ucf101 data/ucf101-cpu --codec vp9        the same videos for CPU decoding")
 def dataset(root: Path, out: str | Path, split: str | None, source_fps: float | None, **options: Any) -> None:
-    """Convert a shard data set again, to another codec, size or rate, with the same keys and labels."""
+    """Convert a shard data set again, to another codec, size or rate, with the same keys and labels.
+
+    Without --short-side or --size the stored size is kept.
+    """
     from .preprocessing.interop import dataset_sources
     from .preprocessing.shards import Dataset
 
-    _convert(dataset_sources(Dataset.open(root), split=split), out, **options)
+    opened = Dataset.open(root)
+    if opened.info.get("modality") == "flow":
+        _refuse_scaling(options)
+        options["modality"] = "flow"
+    options["short_side"] = options["short_side"] or 0
+    _convert(dataset_sources(opened, split=split), out, **options)
+
+
+def _refuse_scaling(options: dict[str, Any]) -> None:
+    if options["short_side"] or options["size"]:
+        raise UserError("flow cannot be scaled once it is computed; leave --short-side and --size out")
 
 
 def _convert(source, out: str | Path, *, codec: str, short_side: int | None, size: str | None, fps: float | None,
-             gop: int | None, crf: int | None, preset: str, modality: str = "rgb", **running: Any) -> None:  # fmt: skip
+             gop: int | None, crf: int | None, preset: str, modality: str = "rgb", **running: Any) -> Any:  # fmt: skip
     from .preprocessing.video import VideoSettings
 
     copy = codec == "copy"
@@ -210,12 +227,12 @@ def _convert(source, out: str | Path, *, codec: str, short_side: int | None, siz
         codec, (0 if copy else 256) if short_side is None else short_side, fps, (300 if copy else 16) if gop is None
         else gop, crf, preset, size, modality,
     )  # fmt: skip
-    run(source, out, settings, **running)
+    return run(source, out, settings, **running)
 
 
 def run(source, out: str | Path, settings: Any, *, workers: int | None, part: str | None, dry_run: bool,
-        as_json: bool, **options: Any) -> None:  # fmt: skip
-    """Converts and prints the summary; what `genkd shard` and `genkd flow` share."""
+        as_json: bool, **options: Any) -> Any:  # fmt: skip
+    """Converts, prints the summary and returns it; what `genkd shard` and `genkd flow` share."""
     from .preprocessing.convert import Progress, convert
     from .progress import bar
 
@@ -230,7 +247,8 @@ def run(source, out: str | Path, settings: Any, *, workers: int | None, part: st
             source, out, settings, workers=workers, part=_part(part), on_start=progress.start, on_progress=on_progress,
             **options,
         )  # fmt: skip
-    return print_summary(summary, as_json)
+    print_summary(summary, as_json)
+    return summary
 
 
 def _part(text: str | None) -> tuple[int, int] | None:
@@ -276,8 +294,6 @@ def print_summary(summary, as_json: bool) -> None:
         click.echo(f"note: no video of class {name} could be used")
     if len(summary.unused_classes) > 10:
         click.echo(f"note: nor of {len(summary.unused_classes) - 10} more")
-    if summary.info and list(summary.info["splits"]) == ["train"]:
-        click.echo("note: there is no test split; --test-fold makes one")
 
 
 def _print_estimate(source, settings: Any, workers: int, as_json: bool) -> None:

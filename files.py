@@ -13,6 +13,8 @@ from typing import Any
 
 from .errors import UserError, explain_os_error
 
+_HOST = socket.gethostname().replace(".", "-")
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -20,7 +22,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     A reader sees all of the file or nothing of it, also after a power cut; if the block raises, nothing is left.
     """
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{_HOST}-{os.getpid()}.tmp")
     try:
         yield temporary
         _sync(temporary)
@@ -46,8 +48,15 @@ def remove_leftovers(folder: Path, stems: Collection[str] = ("",)) -> None:
     begun = tuple(f".{stem}" for stem in stems)
     if folder.is_dir():
         for path in folder.iterdir():
-            if path.name.startswith(begun) and path.name.endswith(".tmp"):
+            if path.name.startswith(begun) and path.name.endswith(".tmp") and not _is_being_written(path.name):
                 path.unlink(missing_ok=True)
+
+
+def _is_being_written(name: str) -> bool:
+    """Whether the process in a temporary name is another one that lives on this machine."""
+    host, _, process = name.removesuffix(".tmp").rpartition(".")[2].rpartition("-")
+    alive = host == _HOST and process.isdigit() and int(process) != os.getpid()
+    return alive and os.path.exists(f"/proc/{process}")
 
 
 @contextlib.contextmanager

@@ -136,6 +136,12 @@ class LocalStorage(Storage):
                 (self.path / f".lock-{part}").unlink(missing_ok=True)
 
 
+def _machine() -> str:
+    """This machine and, where containers share one, this container: process numbers mean the same within it."""
+    space = os.stat("/proc/self/ns/pid").st_ino if Path("/proc/self/ns/pid").exists() else 0
+    return f"{socket.gethostname()}/{space}"
+
+
 class RemoteStorage(Storage):
     """A folder behind an fsspec URL such as s3://bucket/folder."""
 
@@ -189,7 +195,10 @@ class RemoteStorage(Storage):
     def exists(self, name: str) -> bool:
         with self._explained():
             self._fs.invalidate_cache(posixpath.dirname(self._path(name)))
-            return self._fs.isfile(self._path(name))
+            try:  # isfile() would take any error for an absent file
+                return self._fs.info(self._path(name))["type"] == "file"
+            except FileNotFoundError:
+                return False
 
     def delete(self, name: str) -> None:
         with self._explained(), contextlib.suppress(FileNotFoundError):
@@ -208,22 +217,26 @@ class RemoteStorage(Storage):
     def locked(self, part: str = "") -> Iterator[None]:
         """By an object that its holder renews; one that is not renewed any more is taken over."""
         name = f".lock-{part}" if part else ".lock"
-        holder = {"host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex}
-        others = [".lock"] if part else [entry for entry in self.names() if entry.startswith(".lock-")]
-        for other in others:
-            self._refuse_if_alive(other)
+        holder = {"host": _machine(), "pid": os.getpid(), "token": uuid.uuid4().hex}
+        self._refuse_others(part)
         self._refuse_if_alive(name)
         self._beat(name, holder)
         # Of two runs that begin at once the later writer holds the lock, and the other one sees it here.
-        time.sleep(0.2)
-        if (self._lock_state(name) or {}).get("token") != holder["token"]:
-            raise UserError(f"another run is writing {self}; wait for it, or stop it first")
+        time.sleep(0.5)
+        try:
+            if self._lock_state(name).get("token") != holder["token"]:
+                raise UserError(f"another run is writing {self}; wait for it, or stop it first")
+            self._refuse_others(part)
+        except UserError:
+            self._release(name, holder)
+            raise
         done = threading.Event()
 
         def renew() -> None:
             while not done.wait(_BEAT_SECONDS):
                 with contextlib.suppress(OSError, UserError):
-                    self._beat(name, holder)
+                    if self._lock_state(name).get("token", holder["token"]) == holder["token"]:
+                        self._beat(name, holder)
 
         thread = threading.Thread(target=renew, daemon=True)
         thread.start()
@@ -232,24 +245,34 @@ class RemoteStorage(Storage):
         finally:
             done.set()
             thread.join()
+            self._release(name, holder)
+
+    def _release(self, name: str, holder: dict[str, Any]) -> None:
+        if self._lock_state(name).get("token") == holder["token"]:
             self.delete(name)
+
+    def _refuse_others(self, part: str) -> None:
+        for other in [".lock"] if part else [entry for entry in self.names() if entry.startswith(".lock-")]:
+            self._refuse_if_alive(other)
 
     def _beat(self, name: str, holder: dict[str, Any]) -> None:
         with self._explained():
             self._fs.pipe_file(self._path(name), json.dumps({**holder, "time": time.time()}).encode())
 
-    def _lock_state(self, name: str) -> dict[str, Any] | None:
+    def _lock_state(self, name: str) -> dict[str, Any]:
+        """Who holds a lock; empty if nobody does."""
         try:
-            return json.loads(self.read(name))
-        except (FileNotFoundError, json.JSONDecodeError):
-            return None
+            state = json.loads(self.read(name))
+        except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+            return {}
+        return state if isinstance(state, dict) else {}
 
     def _refuse_if_alive(self, name: str) -> None:
         state = self._lock_state(name)
-        if state is None:
+        if not state:
             return
-        age = time.time() - state.get("time", 0.0)
-        gone = state.get("host") == socket.gethostname() and not Path(f"/proc/{state.get('pid')}").exists()
+        age = time.time() - float(state.get("time", 0.0))
+        gone = state.get("host") == _machine() and not Path(f"/proc/{state.get('pid')}").exists()
         if age < _STALE_SECONDS and not gone:
             raise UserError(
                 f"another run ({state.get('host')}, process {state.get('pid')}) was writing {self} {age:.0f} s ago; "

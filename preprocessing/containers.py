@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -23,8 +24,22 @@ class VideoError(Exception):
     """A source that cannot be converted: the stage that failed (open, decode, encode) and the reason."""
 
     def __init__(self, stage: str, reason: str):
-        super().__init__(reason)
+        super().__init__(stage, reason)
         self.stage, self.reason = stage, reason
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+# Faults of the machine and not of the source: they stop the run, which can be continued when they are mended.
+_MACHINE = frozenset([errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT])
+
+
+def refuse_machine_fault(error: Exception, path: str, also: Collection[int] = ()) -> None:
+    """Raises OSError where an error says nothing about the source, so that it is not rejected for it."""
+    number = getattr(error, "errno", None)
+    if number is not None and (number in _MACHINE or number in also):
+        raise OSError(number, os.strerror(number), path) from None
 
 
 @contextlib.contextmanager
@@ -42,6 +57,7 @@ def open_container(video: SourceVideo) -> Iterator[av.container.InputContainer]:
                 path = stack.enter_context(io.BufferedReader(_Span(video.path, *video.span)))
             container = stack.enter_context(av.open(path, metadata_errors="replace", **options))
         except (av.FFmpegError, OSError, ValueError) as error:
+            refuse_machine_fault(error, video.path)
             reason = getattr(error, "strerror", None) or str(error)
             raise VideoError(
                 "open", f"not a video that FFmpeg can read, or cut off before its index ({reason})"
@@ -101,6 +117,7 @@ def require_readable(path: str) -> bool:
     except FileNotFoundError:
         raise VideoError("open", "the file is gone, or its link points nowhere") from None
     except OSError as error:
+        refuse_machine_fault(error, path, also=(errno.EIO, errno.ENOMEM))
         raise VideoError("open", f"the file cannot be opened ({error.strerror})") from None
     if stat.S_ISDIR(state.st_mode):
         return True

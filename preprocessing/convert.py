@@ -23,10 +23,11 @@ from ..storage import LocalStorage, Storage, storage_at
 from . import engines, shards, verify
 from .decoding import VideoError
 from .export import dali_index
-from .plan import adopt, read_plan, scan_rejections
+from .plan import adopt, planned_fingerprints, read_plan, scan_rejections
 from .sources import Rejection, SourceList, SourceVideo, printable
 
 DEADLY_TIMES = 3  # a worker dies at a video before it is left out
+_FROM_OUTSIDE = ("SIGKILL", "SIGTERM", "OutOfMemoryError")  # ends that say nothing against the source
 MAX_DEADLY = 10  # videos that kill their workers; more are taken for a fault of the machine
 MAX_LOSSES = 100  # videos at which a worker died
 _FINGERPRINT, _ERRORS, _REENCODED = b"genkd.fingerprint", b"genkd.errors", b"genkd.reencoded"
@@ -85,6 +86,7 @@ def convert(
     part: tuple[int, int] | None = None,
     refresh: bool = False,
     repair: bool = False,
+    retry_rejected: bool = False,
     on_error: str = "skip",
     on_start: Callable[[int, int], None] = lambda total, done: None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
@@ -94,7 +96,8 @@ def convert(
     Which video goes to which shard is fixed before any work, so a killed and resumed run ends with the same bytes as
     an undisturbed one, on any engine ("local" or "ray" at `address`) with any number of workers. part: (k, n) writes
     every n-th shard, from the k-th, and no index. refresh: convert sources again that changed. repair: check every
-    finished shard and rebuild damaged ones. on_error: "skip" records a bad source in errors.parquet, "fail" stops at
+    finished shard and rebuild damaged ones. retry_rejected: write shards again that have rejected sources.
+    on_error: "skip" records a bad source in errors.parquet, "fail" stops at
     the first one. on_start gets the number of videos and how many earlier runs finished.
     Raises UserError if `out` belongs to another conversion or is being written, or if no video can be used.
     """
@@ -111,10 +114,13 @@ def convert(
         storage.remove_leftovers("shards", [f"{name}." for name in names] if part else ("",))
         prints = {name: plan.fingerprint(name) for name in names}
         done = _finished(storage, prints)
-        damaged = verify.damaged_shards(storage, sorted(done), engines.engine("local", workers)) if repair else []
-        for name in damaged:
+        damaged = []
+        if repair:
+            damaged = verify.damaged_shards(storage, sorted(done), source.classes, engines.engine("local", workers))
+        again = {*damaged, *(name for name in done if retry_rejected and _shard_rejections(storage, [name]))}
+        for name in again:
             storage.delete(f"shards/{name}.parquet")
-        pending = [name for name in names if name not in done or name in damaged]
+        pending = [name for name in names if name not in done or name in again]
         total = sum(len(plan.shards[name]) for name in names)
         on_start(total, total - sum(len(plan.shards[name]) for name in pending))
         # Long shards first, so that the workers end together.
@@ -131,14 +137,17 @@ def convert(
         storage.remove_leftovers("shards", [f"{name}." for name in pending])
         if part:
             return Summary(storage.name, None, _shard_rejections(storage, names), len(names) - len(pending), [])
-        return _finish(storage, len(names) - len(pending), tuple(damaged))
+        return _finish(storage, plan.info, prints, list(plan.rejected), len(names) - len(pending), tuple(damaged))
 
 
 def merge(out: str | Path) -> Summary:
     """Writes the index of a data set whose slices are all finished. Raises UserError naming shards that are missing."""
     storage = storage_at(out)
-    with _explained(storage), storage.locked():
-        return _finish(storage, 0, ())
+    with _explained(storage):
+        read_plan(storage)  # refused before a lock makes the folder
+        with storage.locked():
+            info, sources = read_plan(storage)
+            return _finish(storage, info, planned_fingerprints(info, sources), scan_rejections(sources), 0, ())
 
 
 class _Losses:
@@ -149,6 +158,12 @@ class _Losses:
 
     def __call__(self, task: ShardTask, key: str, reason: str) -> ShardTask:
         self._times[key] += 1
+        if reason in _FROM_OUTSIDE and self._times[key] >= DEADLY_TIMES:
+            raise UserError(
+                f"{reason} ended the process that converted {key} {DEADLY_TIMES} times, most often by the system for "
+                "lack of memory; what is finished is kept: run the same command again with fewer --workers, or take "
+                "that source away"
+            )
         deadly = sum(times >= DEADLY_TIMES for times in self._times.values())
         if deadly > MAX_DEADLY or len(self._times) > MAX_LOSSES:
             raise UserError(
@@ -222,12 +237,15 @@ def _convert_shard(task: ShardTask, report: engines.Report) -> None:
                 except VideoError as error:
                     if task.fail_fast:
                         raise UserError(f"{printable(video.path)}: {error.stage}: {error.reason}") from None
-                    errors.append([printable(os.path.relpath(video.path, task.root)), error.stage, error.reason])
+                    if not os.path.exists(task.root):
+                        raise UserError(f"the source {task.root} is gone; bring it back, then run again") from None
+                    errors.append([_source_name(video, task.root), error.stage, error.reason])
                     report(Progress(videos=1, rejected=1))
                     continue
                 rows.append(row)
                 reencoded.update([why] if why else [])
                 report(Progress(videos=1))
+            report(engines.Note(""))
             writer.finish()
         index = dali_index(path)
     storage.write(f"shards/{task.name}.idx", index)
@@ -238,6 +256,12 @@ def _convert_shard(task: ShardTask, report: engines.Report) -> None:
     }
     table = pa.Table.from_pylist(rows, shards.SCHEMA).replace_schema_metadata(metadata)
     storage.write(f"shards/{task.name}.parquet", shards.parquet_bytes(table))
+
+
+def _source_name(video: SourceVideo, root: str) -> str:
+    """What names a source in messages: its file, or its key where a file holds several."""
+    whole = video.span is None and video.start_s is None and video.end_s is None
+    return printable(os.path.relpath(video.path, root)) if whole else video.key
 
 
 def _add_video(
@@ -255,6 +279,8 @@ def _add_video(
     stem = shards.tar_name(video.key)
     with writer.member(f"{stem}.mp4") as payload:
         encoded = task.settings.encode(video, payload, on_frame)
+        if payload.size >= shards.MAX_PAYLOAD:
+            raise VideoError("encode", "8 GiB or more do not fit a tar member; use a lower --short-side or cut it")
         try:
             header_size, offsets = shards.gop_table(payload.boxes(), payload.size)
         except shards.Corrupt as error:
@@ -272,18 +298,17 @@ def _add_video(
         "source_fps": encoded.source_fps, "source_frames": encoded.source_frames,
     }  # fmt: skip
     with writer.member(f"{stem}.json") as sidecar:
-        names = ("key", "split", "label", "annotations", "num_frames", "fps", "width", "height", "codec", "source")
-        about = {name: row[name] for name in names}
-        about["class"] = task.classes[video.label] if video.label >= 0 else None
-        sidecar.write(json.dumps(about, ensure_ascii=False).encode())
+        sidecar.write(shards.sidecar_bytes(row, task.classes))
     return row, encoded.reencoded
 
 
-def _finish(storage: Storage, resumed: int, repaired: tuple[str, ...]) -> Summary:
-    """Writes errors.parquet, the index and, last of all, dataset.json."""
-    plan, sources = read_plan(storage)
-    there = set(storage.names("shards"))
-    missing = [name for name in plan["shards"] if not {f"{name}.tar", f"{name}.parquet"} <= there]
+def _finish(
+    storage: Storage, plan: dict[str, Any], prints: dict[str, str], rejected: list[Rejection], resumed: int,
+    repaired: tuple[str, ...],
+) -> Summary:  # fmt: skip
+    """Writes errors.parquet, the index and, last of all, dataset.json. rejected: what the scan could not use."""
+    done = _finished(storage, prints)
+    missing = [name for name in plan["shards"] if name not in done]
     if missing:
         raise UserError(
             f"{storage} lacks {len(missing)} of {len(plan['shards'])} shards, e.g. {missing[0]}: run their slices (or "
@@ -291,7 +316,6 @@ def _finish(storage: Storage, resumed: int, repaired: tuple[str, ...]) -> Summar
         )
     with ThreadPoolExecutor(16) as pool:
         tables = list(pool.map(lambda name: _shard_table(storage, name), plan["shards"]))
-    rejected = scan_rejections(sources)
     reencoded: Counter[str] = Counter()
     for table in tables:
         rejected += [Rejection(*entry) for entry in json.loads(table.schema.metadata[_ERRORS])]
@@ -301,9 +325,9 @@ def _finish(storage: Storage, resumed: int, repaired: tuple[str, ...]) -> Summar
     storage.write("errors.parquet", shards.parquet_bytes(pa.Table.from_pylist(rows, shards.ERROR_SCHEMA)))
     table = pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
     if not table.num_rows:
-        first = rejected[0]
+        first, total = rejected[0], plan["sources"]["videos"]
         raise UserError(
-            f"none of the {sources.num_rows} videos could be converted (the first, {first.path}: {first.reason}); "
+            f"none of the {total} videos could be converted (the first, {first.path}: {first.reason}); "
             f"all reasons are in {storage}/errors.parquet"
         )
     table = table.take(pc.sort_indices(table["key"])).combine_chunks()

@@ -6,8 +6,10 @@ import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
+import pickle
 import signal
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +22,7 @@ Report = Callable[[Any], None]
 Lost = Callable[[Any, str, str], Any]
 Run = Callable[..., Iterator[Any]]
 
+PATIENCE = 5.0  # seconds that workers have to stop, before they are made to
 LOSSES = 3  # of workers on one task without a note of what it was doing, before the run is given up
 
 
@@ -81,9 +84,8 @@ def run_local(
                 multiprocessing.connection.wait([worker.connection for worker in crew if worker.busy], timeout=0.1)
                 raise_interrupt()
                 for worker in list(crew):
-                    try:
-                        yield from worker.listen(on_report)
-                    except (EOFError, ConnectionError):
+                    yield from worker.listen(on_report)
+                    if worker.dead:
                         crew.remove(worker)
                         number, task = worker.lost(on_report)
                         losses[number] += 1
@@ -94,13 +96,17 @@ def run_local(
                                 f"worker processes are killed again and again ({worker.reason()}, often by the system "
                                 "for lack of memory); what is finished is kept: run the same command again, perhaps "
                                 "with fewer --workers"
-                            ) from None
+                            )
                         waiting.appendleft((number, task))
         finally:
             for worker in crew:
                 worker.connection.close()  # which cancels what it does at its next report
+            patience = time.monotonic() + PATIENCE
             for worker in crew:
-                worker.process.join()
+                worker.process.join(max(0.0, patience - time.monotonic()))
+                if worker.process.is_alive():
+                    worker.process.terminate()
+                    worker.process.join()
 
 
 class _Worker:
@@ -113,7 +119,7 @@ class _Worker:
         with _interrupts_blocked():  # the process inherits it: Ctrl-C is the parent's alone
             self.process.start()
         theirs.close()
-        self.busy, self.note = False, ""
+        self.busy, self.dead, self.note = False, False, ""
         self._task: tuple[int, Any] = (0, None)
         self._reported: list[Any] = []
 
@@ -123,9 +129,15 @@ class _Worker:
             self.connection.send(task)
 
     def listen(self, on_report: Report) -> Iterator[Any]:
-        """Takes what has arrived and yields the task's result if it is among it. Raises EOFError when it is dead."""
-        while self.busy and self.connection.poll():
-            kind, content = self.connection.recv()
+        """Takes what has arrived and yields the task's result if it is among it; sets `dead` where it has died."""
+        while self.busy:
+            try:
+                if not self.connection.poll():
+                    return
+                kind, content = self.connection.recv()
+            except (EOFError, OSError):  # also in the middle of a message
+                self.dead = True
+                return
             if kind == "report" and isinstance(content, Note):
                 self.note = content.text
             elif kind == "report":
@@ -164,16 +176,28 @@ def _serve(connection: multiprocessing.connection.Connection, function: Callable
 
     while True:
         try:
-            result = function(connection.recv(), report)
-            connection.send(("done", result))
-        except (EOFError, ConnectionError, _Cancelled):
+            task = connection.recv()
+        except (EOFError, OSError):
+            return
+        answer: tuple[str, Any]
+        try:
+            answer = "done", function(task, report)
+        except _Cancelled:
             return
         except BaseException as error:
-            with contextlib.suppress(ConnectionError):
-                try:
-                    connection.send(("failed", (error, traceback.format_exc())))
-                except (TypeError, AttributeError, ValueError):  # what cannot be pickled
-                    connection.send(("failed", (RuntimeError(repr(error)), traceback.format_exc())))
+            answer = "failed", (_portable(error), traceback.format_exc())
+        try:
+            connection.send(answer)
+        except ConnectionError:
+            return
+
+
+def _portable(error: BaseException) -> BaseException:
+    """The error, or what it says where it does not survive the way to another process."""
+    try:
+        return pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever pickling runs into
+        return RuntimeError(repr(error))
 
 
 def _die_with_parent() -> None:

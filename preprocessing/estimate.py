@@ -15,6 +15,10 @@ SAMPLE_VIDEOS = 12
 SAMPLE_SECONDS = 30.0
 
 
+class _TooLong(Exception):
+    """The sample's time is over in the middle of a video."""
+
+
 class _Counting:
     """A sink that keeps only the size of what is written."""
 
@@ -57,10 +61,17 @@ def estimate(
         if taken and time.monotonic() - began > SAMPLE_SECONDS:
             break
         sink = _Counting()
+
+        def on_frame() -> None:
+            if time.monotonic() - began > 2 * SAMPLE_SECONDS:
+                raise _TooLong
+
         try:
-            settings.encode(video, sink, lambda: None)
+            settings.encode(video, sink, on_frame)
         except VideoError:
             failed += 1
+        except _TooLong:
+            break
         taken += 1
         size_in += video.size
         size_out += sink.size

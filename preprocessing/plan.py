@@ -41,7 +41,11 @@ class Plan:
     def fingerprint(self, name: str) -> str:
         """A digest of all that decides a shard's content, kept with the shard to know whether it is this plan's."""
         videos = [(video.key, video.split, video.label, video.size, _content(video)) for video in self.shards[name]]
-        return hashlib.sha256(json.dumps([self.info["video"], videos]).encode()).hexdigest()
+        return _fingerprint(self.info, videos)
+
+    def fingerprints(self) -> dict[str, str]:
+        """The fingerprint of every shard."""
+        return {name: self.fingerprint(name) for name in self.shards}
 
 
 def make_plan(source: SourceList, settings: Any, kept: Mapping[str, str] | None = None) -> Plan:
@@ -104,38 +108,55 @@ def adopt(storage: Storage, source: SourceList, settings: Any, *, refresh: bool)
         )
     before = {row["key"]: row for row in table.to_pylist()}
     differences = _sources_changed(before, source)
-    if not differences and not refresh:
-        return make_plan(source, settings, {key: row["shard"] for key, row in before.items()})
+    plan = make_plan(source, settings, {key: row["shard"] for key, row in before.items()})
+    if not differences and old == plan.info:
+        return plan
+    # Without differences, a refresh was interrupted between its two files.
     if differences and not refresh:
         named = "; ".join(f"{key} {what}" for key, what in list(differences.items())[:3])
         raise UserError(
             f"{len(differences)} sources changed since {storage} was begun ({named}); add --refresh to bring the data "
             "set up to date, or restore them"
         )
-    plan = make_plan(source, settings, {key: row["shard"] for key, row in before.items()})
     # From here on the data set is incomplete: its description goes first, and the new plan is written last.
     storage.delete("dataset.json")
     for name in {before[key]["shard"] for key in differences if key in before}:
         storage.delete(f"shards/{name}.parquet")
-    for name in set(old["shards"]) - set(plan.shards):
-        for suffix in ("parquet", "idx", "tar"):
-            storage.delete(f"shards/{name}.{suffix}")
     _write(storage, source.root, plan)
+    for file in storage.names("shards"):
+        if file.rpartition(".")[0] not in plan.shards and not file.startswith("."):
+            storage.delete(f"shards/{file}")
     return plan
 
 
 def read_plan(storage: Storage) -> tuple[dict[str, Any], pa.Table]:
     """plan.json and sources.parquet of a folder. Raises UserError if one is missing or damaged."""
     try:
-        info = json.loads(storage.read("plan.json"))
-        table = pq.read_table(io.BytesIO(storage.read(_SOURCES)))
-        if not isinstance(info, dict) or table.schema.names != _SCHEMA.names:
-            raise ValueError("other content")
-        return info, table
+        plan, sources = storage.read("plan.json"), storage.read(_SOURCES)
     except FileNotFoundError:
         raise UserError(f"{storage} holds no conversion that was begun: it lacks plan.json or {_SOURCES}") from None
-    except (ValueError, pa.ArrowInvalid, OSError):
-        raise UserError(f"plan.json or {_SOURCES} in {storage} is damaged; delete that folder and run again") from None
+    try:
+        info, table = json.loads(plan), pq.read_table(io.BytesIO(sources))
+    except (json.JSONDecodeError, UnicodeDecodeError, pa.ArrowInvalid, OSError):
+        info, table = None, None
+    if not isinstance(info, dict) or "shards" not in info or table is None or table.schema.names != _SCHEMA.names:
+        raise UserError(f"plan.json or {_SOURCES} in {storage} is damaged; restore it, or choose another folder")
+    return info, table
+
+
+def planned_fingerprints(info: dict[str, Any], table: pa.Table) -> dict[str, str]:
+    """The fingerprint of every shard by what read_plan gives. Raises UserError if the two do not belong together."""
+    by_shard: dict[str, list[tuple]] = {}
+    for row in table.to_pylist():
+        video = (row["key"], row["split"], row["label"], row["size"], row["content"])
+        by_shard.setdefault(row["shard"], []).append(video)
+    if list(by_shard) != info["shards"]:
+        raise UserError("a --refresh was interrupted; run the whole command again before merging")
+    return {name: _fingerprint(info, videos) for name, videos in by_shard.items()}
+
+
+def _fingerprint(info: dict[str, Any], videos: list[tuple]) -> str:
+    return hashlib.sha256(json.dumps([info["video"], videos]).encode()).hexdigest()
 
 
 def scan_rejections(table: pa.Table) -> list[Rejection]:

@@ -85,13 +85,16 @@ def run_ray(
             for future in done:
                 task = running.pop(future)
                 try:
-                    yield ray.get(future)
+                    result = ray.get(future)
+                    heard.pop((task, attempts[task]), None)
+                    yield result
                 except lost as error:
                     for event in heard.pop((task, attempts[task]), []):
                         on_report(-event)
                     losses[task] += 1
                     # A lost node says nothing against what was worked on there.
-                    if on_lost and notes[task] and not isinstance(error, ray.exceptions.NodeDiedError):
+                    innocent = (ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError)
+                    if on_lost and notes[task] and not isinstance(error, innocent):
                         tasks[task] = on_lost(tasks[task], notes[task], type(error).__name__)
                     elif losses[task] >= LOSSES:
                         raise UserError(
@@ -102,11 +105,17 @@ def run_ray(
                 except ray.exceptions.RayTaskError as error:
                     raise (error.cause if isinstance(error.cause, Exception) else error) from None
         listen()
+    except ray.exceptions.RayError as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"the Ray cluster failed ({reason}); what is finished is kept: run the same command again"
+        ) from error
     finally:
         for future in running:
             with contextlib.suppress(Exception):  # the cluster may be gone; what stopped the run is raised already
                 ray.cancel(future, force=True)
-        ray.kill(mailbox)
+        with contextlib.suppress(Exception):
+            ray.kill(mailbox)
 
 
 def _ray(address: str | None) -> Any:

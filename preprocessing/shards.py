@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,7 @@ from ..errors import UserError
 from ..storage import LocalStorage, Storage, storage_at
 
 FORMAT_VERSION = 1
+MAX_PAYLOAD = 8 << 30  # bytes; what a plain tar header can say
 
 SCHEMA = pa.schema(
     [
@@ -99,10 +100,6 @@ class ShardWriter:
         payload = Payload(self._file, self._file.tell())
         try:
             yield payload
-            if payload.size >= 8 << 30:
-                raise UserError(
-                    f"{name}: a payload of 8 GiB or more does not fit a tar member; use a lower --short-side"
-                )
         except BaseException:
             self._file.seek(start)
             self._file.truncate()
@@ -338,6 +335,14 @@ def arrow_bytes(table: pa.Table, digest: str) -> bytes:
 def digest_of(data: bytes) -> str:
     """The digest that dataset.json records for index.parquet."""
     return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+def sidecar_bytes(row: Mapping[str, Any], classes: Sequence[str]) -> bytes:
+    """KEY.json: what a reader of the tar alone wants to know of a video, from its row of the index."""
+    names = ("key", "split", "label", "annotations", "num_frames", "fps", "width", "height", "codec", "source")
+    about = {name: row[name] for name in names}
+    about["class"] = classes[row["label"]] if row["label"] >= 0 else None
+    return json.dumps(about, ensure_ascii=False).encode()
 
 
 def _header(info: tarfile.TarInfo) -> bytes:

@@ -6,9 +6,10 @@ import contextlib
 import io
 import itertools
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import av
 import google_crc32c
@@ -20,7 +21,7 @@ from ..errors import UserError
 from ..storage import Storage, storage_at
 from . import engines
 from .export import dali_index
-from .shards import Corrupt, Dataset, Payload, Video, digest_of, gop_table, is_shard_name, tar_name
+from .shards import Corrupt, Dataset, Payload, Video, digest_of, gop_table, is_shard_name, sidecar_bytes, tar_name
 from .sources import printable
 from .video import decode_frames
 
@@ -68,10 +69,12 @@ def verify(
     return sorted(problems, key=lambda problem: (problem.file, problem.key))
 
 
-def damaged_shards(storage: Storage, names: list[str], run: engines.Run) -> list[str]:
+def damaged_shards(storage: Storage, names: list[str], classes: Sequence[str], run: engines.Run) -> list[str]:
     """Which of the finished shards are not as their own Parquet files say."""
     return sorted(
-        name for name, problems in run(_check_finished, [(storage.name, name) for name in names], _ignore) if problems
+        name
+        for name, problems in run(_check_finished, [(storage.name, name, tuple(classes)) for name in names], _ignore)
+        if problems
     )
 
 
@@ -79,11 +82,13 @@ def _ignore(event: object) -> None:
     pass
 
 
-def _check_finished(task: tuple[str, str], report: engines.Report) -> tuple[str, list[Problem]]:
-    folder, name = task
+def _check_finished(task: tuple[str, str, tuple[str, ...]], report: engines.Report) -> tuple[str, list[Problem]]:
+    folder, name, classes = task
     storage = storage_at(folder)
     table = pq.read_table(io.BytesIO(storage.read(f"shards/{name}.parquet"))).replace_schema_metadata(None)
-    return name, _check_shard(Dataset(storage, {}, table), f"{name}.tar", list(range(table.num_rows)), report)
+    return name, _check_shard(
+        Dataset(storage, {"classes": list(classes)}, table), f"{name}.tar", list(range(table.num_rows)), report
+    )
 
 
 def _verify_shard(task: tuple[str, str], report: engines.Report) -> list[Problem]:
@@ -114,31 +119,49 @@ def _check_shard(dataset: Dataset, name: str, rows: list[int], report: engines.R
     with contextlib.ExitStack() as stack:
         try:
             path = stack.enter_context(dataset.storage.downloaded(f"shards/{name}"))
+        except FileNotFoundError:
+            return [Problem(name, "", "is missing")]
+        try:
             with tarfile.open(path, "r:") as tar:
                 members = {member.offset_data: member for member in tar}
             index = dali_index(path)
         except (OSError, UserError, tarfile.TarError) as error:
             return [Problem(name, "", f"cannot be read as a tar file ({error})")]
-        for member in members.values():
-            if not member.isreg() or member.name.startswith("/") or ".." in member.name.split("/"):
-                problems.append(Problem(name, printable(member.name), "a tar member that points outside the data set"))
         stem = name.removesuffix(".tar")
         if dataset.storage.exists(f"shards/{stem}.idx") and dataset.storage.read(f"shards/{stem}.idx") != index:
             problems.append(Problem(f"{stem}.idx", "", "is not the index of its tar file"))
         file = stack.enter_context(open(path, "rb"))
+        known, named = set(), {member.name: member for member in members.values()}
         for row in rows:
+            values = {column: dataset.table[column][row].as_py() for column in dataset.table.column_names}
             try:
                 video = dataset.video(row)
                 found = members.get(video.offset)
                 if found is None or (found.name, found.size) != (f"{tar_name(video.key)}.mp4", video.size):
                     raise Corrupt("the tar has no such member where the index says")
+                known.add(found.name)
                 file.seek(video.offset)
                 _check_payload(video, file.read(video.size))
+                sidecar = f"{tar_name(video.key)}.json"
+                known.add(sidecar)
+                _check_sidecar(file, named.get(sidecar), sidecar_bytes(values, dataset.classes))
             except Corrupt as problem:
-                key = dataset.table["key"][row].as_py()
-                problems.append(Problem(name, key, str(problem)))
+                problems.append(Problem(name, values["key"], str(problem)))
             report(1)
+        if not problems:
+            strangers = sorted({member.name for member in members.values()} - known)
+            problems += [
+                Problem(name, printable(stranger), "is in the tar, but not in the index") for stranger in strangers
+            ]
     return problems
+
+
+def _check_sidecar(file: BinaryIO, member: tarfile.TarInfo | None, expected: bytes) -> None:
+    if member is None:
+        raise Corrupt("the tar has no .json for it")
+    file.seek(member.offset_data)
+    if file.read(member.size) != expected:
+        raise Corrupt("its .json does not say what the index says")
 
 
 def _check_payload(video: Video, data: bytes) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from genkd.preprocessing import sources
+from genkd.preprocessing import plan, sources
 from genkd.preprocessing.convert import convert
 from genkd.preprocessing.shards import Dataset
 from genkd.preprocessing.synthetic import SynthSettings, synthesize
@@ -39,13 +39,15 @@ def videos(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def shard_sets(videos, tmp_path_factory):
-    """A function: codec -> the synthetic videos as an opened data set with that codec, GOP 8."""
+    """A function: codec -> the synthetic videos as an opened data set with that codec, GOP 8, 3 videos a shard."""
     made: dict[str, Dataset] = {}
 
     def get(codec: str) -> Dataset:
         if codec not in made:
             out = tmp_path_factory.mktemp("data") / codec
-            convert(sources.ucf101(videos), out, VideoSettings(codec, short_side=48, gop=8), workers=2)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(plan, "MIN_SHARDS", 16)
+                convert(sources.ucf101(videos), out, VideoSettings(codec, short_side=48, gop=8), workers=2)
             made[codec] = Dataset.open(out)
         return made[codec]
 

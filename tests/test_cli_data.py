@@ -48,6 +48,11 @@ def test_flow_of_a_data_set_has_its_keys_and_is_refused_twice(data, tmp_path, ge
     assert flow.info["modality"] == "flow" and flow.info["video"]["bound"] == 20.0
     told = genkd("flow", tmp_path / "flow", tmp_path / "again", check=False)
     assert told.returncode == 1 and "holds flow already" in told.stderr
+    told = genkd("shard", "dataset", tmp_path / "flow", tmp_path / "small", "--short-side", 32, check=False)
+    assert told.returncode == 1 and "flow cannot be scaled" in told.stderr
+    genkd("shard", "dataset", tmp_path / "flow", tmp_path / "copied", "--codec", "mjpeg")
+    copied = Dataset.open(tmp_path / "copied")
+    assert copied.info["modality"] == "flow" and copied.table["width"].equals(flow.table["width"])
     assert "flow, h264" in genkd("inspect", tmp_path / "flow").stdout
 
 

@@ -2,23 +2,26 @@
 
 import dataclasses
 import importlib
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
 from genkd.errors import UserError
-from genkd.preprocessing import sources
-from genkd.preprocessing.convert import convert
+from genkd.preprocessing import engines, sources
+from genkd.preprocessing.convert import ShardTask, _Losses, convert
+from genkd.preprocessing.decoding import VideoError
 from genkd.preprocessing.engines import engine, run_local
 from genkd.preprocessing.video import VideoSettings
 
 # Workers import what they run, so it has to be a module of its own.
 MODULE = """
 import os, signal, time
-from genkd.preprocessing.engines import Note
+from genkd.preprocessing.decoding import VideoError
 from genkd.preprocessing.video import VideoSettings
 
 def die_once(task, report):
@@ -36,6 +39,16 @@ def die_always(task, report):
 
 def fail(task, report):
     raise KeyError("a bug")
+
+def lose_connection(task, report):
+    raise ConnectionResetError("by the task itself")
+
+def reject(task, report):
+    raise VideoError("open", "no video")
+
+def sleep(task, report):
+    report(1)
+    time.sleep(60)
 
 class Deadly(VideoSettings):
     def encode(self, video, sink, on_frame):
@@ -70,6 +83,30 @@ def test_a_bug_in_a_task_keeps_its_traceback(module):
     with pytest.raises(KeyError, match="a bug") as caught:
         list(run_local(module.fail, [1], 1, lambda event: None))
     assert "deadly_module.py" in str(caught.value.__cause__)
+
+
+def test_an_error_of_a_task_is_no_dead_worker(module):
+    with pytest.raises(ConnectionResetError, match="by the task itself"):
+        list(run_local(module.lose_connection, [1], 1, lambda event: None))
+    with pytest.raises(VideoError, match="no video") as caught:
+        list(run_local(module.reject, [1], 1, lambda event: None))
+    assert (caught.value.stage, caught.value.reason) == ("open", "no video")
+
+
+def test_ctrl_c_stops_a_worker_that_does_not_report(module, monkeypatch):
+    monkeypatch.setattr(engines, "PATIENCE", 0.5)
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        list(run_local(module.sleep, [1], 1, lambda event: os.kill(os.getpid(), signal.SIGINT)))
+    assert time.monotonic() - began < 20 and not multiprocessing.active_children()
+
+
+def test_a_worker_that_the_system_kills_at_a_video_stops_the_run_and_blames_no_source():
+    losses, task = _Losses(), ShardTask("train-00000", "", "", (), (), None, False, "")
+    for _ in range(2):
+        assert losses(task, "a/good", "SIGKILL") is task
+    with pytest.raises(UserError, match=r"SIGKILL ended the process that converted a/good.*--workers"):
+        losses(task, "a/good", "SIGKILL")
 
 
 def test_an_unknown_engine_is_refused():

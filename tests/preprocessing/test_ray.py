@@ -61,7 +61,7 @@ def test_a_node_that_is_killed_costs_only_time(cluster, few, plain, tmp_path, co
         cluster.remove_node(doomed, allow_graceful=False)
         killed.set()
 
-    killer = threading.Thread(target=kill_when_it_works)
+    killer = threading.Thread(target=kill_when_it_works, daemon=True)
     killer.start()
     out = tmp_path / "data"
     summary = convert(

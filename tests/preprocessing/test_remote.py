@@ -9,11 +9,9 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import urllib.request
-from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -126,7 +124,10 @@ def test_a_data_set_in_a_bucket_is_inspected_verified_and_repaired(bucket, few, 
     assert objects(url) == local(content, plain)
 
 
-def test_killed_runs_leave_no_partial_object_and_end_with_the_same_bytes(bucket, few, plain, content):
+def test_killed_runs_leave_no_partial_object_and_end_with_the_same_bytes(
+    bucket, few, plain, content, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     url = f"{bucket}/killed"
     expected = local(content, plain)
     command = [sys.executable, "-m", "genkd", "shard", "folder", few, url, "--codec", "mjpeg", "--short-side", 48]
@@ -143,7 +144,7 @@ def test_killed_runs_leave_no_partial_object_and_end_with_the_same_bytes(bucket,
         assert process.returncode in (0, -signal.SIGKILL), told
         for name, data in objects(url).items():
             assert name == ".lock" or data == expected[name], f"{name} is there, but not whole"
-    assert kills >= 2 and not list(Path(tempfile.gettempdir()).glob("genkd-scratch-*"))
+    assert kills >= 2 and not list(tmp_path.glob("genkd-scratch-*"))
     assert {name: data for name, data in objects(url).items() if name != ".lock"} == expected
 
 
@@ -159,9 +160,9 @@ def test_a_bucket_that_is_being_written_is_refused(bucket, few):
 
 def test_the_lock_of_a_run_that_died_elsewhere_is_taken_over_when_it_is_old(bucket):
     storage = storage_at(f"{bucket}/stale")
-    state = {"host": "node-7", "pid": 1, "token": "x", "time": time.time() - 10}
+    state = {"host": "node-7/1", "pid": 1, "token": "x", "time": time.time() - 10}
     storage.write_json(".lock", state)
-    with pytest.raises(UserError, match="node-7, process 1"):
+    with pytest.raises(UserError, match="node-7/1, process 1"):
         storage.locked().__enter__()
     storage.write_json(".lock", {**state, "time": time.time() - 1000})
     with storage.locked():

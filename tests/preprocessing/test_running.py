@@ -1,5 +1,8 @@
 """Slices, changed sources, repair and dry runs of a conversion."""
 
+import contextlib
+import errno
+import functools
 import json
 import os
 import shutil
@@ -8,9 +11,10 @@ import threading
 import pyarrow.parquet as pq
 import pytest
 
+from genkd import storage
 from genkd.errors import UserError
-from genkd.preprocessing import sources
-from genkd.preprocessing.convert import convert
+from genkd.preprocessing import containers, sources
+from genkd.preprocessing.convert import convert, merge
 from genkd.preprocessing.shards import Dataset
 from genkd.preprocessing.verify import verify
 from genkd.preprocessing.video import VideoSettings
@@ -123,6 +127,88 @@ def test_a_refresh_that_is_interrupted_continues(root, data, tmp_path, content):
     convert(sources.folder(root), data, SETTINGS, workers=0)
     convert(sources.folder(root), tmp_path / "fresh", SETTINGS, workers=0)
     assert content(data) == content(tmp_path / "fresh")
+
+
+class Power(Exception):
+    """The machine stops."""
+
+
+def test_a_refresh_that_is_killed_at_any_moment_loses_nothing(root, data, tmp_path, monkeypatch, content):
+    """Every write and delete of a refresh is the last one once; the next run finishes or says what to do."""
+    (root / "Bob" / "zz.avi").write_bytes(next(iter(sorted(root.glob("Orbit/*.avi")))).read_bytes())
+    sorted(root.glob("Bob/*.avi"))[0].unlink()
+    convert(sources.folder(root), tmp_path / "whole", SETTINGS, workers=0)
+    expected = sorted(Dataset.open(tmp_path / "whole").table["key"].to_pylist())
+    moment, reached = 0, True
+    while reached:
+        out, reached, left = tmp_path / f"at-{moment}", False, [moment]
+        shutil.copytree(data, out)
+
+        def stop(self, *arguments, then, left=left):
+            nonlocal reached
+            if left[0] == 0:
+                reached = True
+                raise Power
+            left[0] -= 1
+            return then(self, *arguments)
+
+        with monkeypatch.context() as patch:
+            for name in ("write", "delete"):
+                real = getattr(storage.LocalStorage, name)
+                patch.setattr(storage.LocalStorage, name, functools.partialmethod(stop, then=real))
+            with contextlib.suppress(Power):
+                convert(sources.folder(root), out, SETTINGS, workers=0, refresh=True)
+        try:
+            convert(sources.folder(root), out, SETTINGS, workers=0)
+        except UserError as error:
+            assert "--refresh" in str(error)
+            convert(sources.folder(root), out, SETTINGS, workers=0, refresh=True)
+        assert Dataset.open(out).table["key"].to_pylist() == expected
+        assert {f"{path.stem}.tar" for path in (out / "shards").iterdir()} == set(
+            Dataset.open(out).table["shard"].to_pylist()
+        )
+        shutil.rmtree(out)
+        moment += 1
+    assert moment > 6
+
+
+def test_a_shard_of_another_plan_is_not_merged(root, data, tmp_path, content):
+    shard = sorted((data / "shards").glob("*.parquet"))[0]
+    other = tmp_path / "other"
+    convert(sources.folder(root), other, VideoSettings("mjpeg", short_side=32), workers=0)
+    for path in (other / "shards").glob(f"{shard.stem}.*"):
+        shutil.copy(path, data / "shards")
+    with pytest.raises(UserError, match=f"lacks 1 of 10 shards, e.g. {shard.stem}"):
+        merge(data)
+
+
+def test_rejected_sources_are_tried_again_on_demand(root, tmp_path):
+    whole = (root / "Bob" / sorted(os.listdir(root / "Bob"))[0]).read_bytes()
+    broken = root / "Bob" / "broken.avi"
+    broken.write_bytes(b"no video" + bytes(len(whole) - 8))
+    os.utime(broken, ns=(7, 7))
+    out = tmp_path / "retry"
+    assert len(convert(sources.folder(root), out, SETTINGS, workers=0).rejected) == 1
+    broken.write_bytes(whole)
+    os.utime(broken, ns=(7, 7))  # as when the disk it lies on was at fault
+    assert len(convert(sources.folder(root), out, SETTINGS, workers=0).rejected) == 1
+    summary = convert(sources.folder(root), out, SETTINGS, workers=0, retry_rejected=True)
+    assert not summary.rejected and summary.resumed_shards == 10
+    assert "Bob/broken" in Dataset.open(out).table["key"].to_pylist()
+
+
+def test_a_fault_of_the_machine_rejects_no_source(root, tmp_path, monkeypatch):
+    def too_many(error, path, also=()):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), path)
+
+    (root / "Bob" / "broken.avi").write_bytes(b"no video")
+    monkeypatch.setattr(containers, "refuse_machine_fault", too_many)
+    with pytest.raises(UserError, match=r"Too many open files while writing .*broken\.avi"):
+        convert(sources.folder(root), tmp_path / "out", SETTINGS, workers=0)
+    monkeypatch.undo()
+    with pytest.raises(OSError, match="Stale"):
+        containers.refuse_machine_fault(OSError(errno.ESTALE, ""), "x")
+    containers.refuse_machine_fault(OSError(errno.EINVAL, ""), "x")
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "tar", "idx", "rows", "index", "arrow", "errors"])

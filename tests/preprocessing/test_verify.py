@@ -68,6 +68,38 @@ def test_a_wrong_index_entry_is_found(copy, column, value, words):
     assert any(words in problem.what for problem in problems if problem.key == key)
 
 
+def rewritten(path, change):
+    """A tar file again, each member's bytes as change(name, bytes) says, and what change(None, b"") adds."""
+    import io
+    import tarfile
+
+    with tarfile.open(path) as tar:
+        members = [(member.name, tar.extractfile(member).read()) for member in tar]
+    members = [(name, change(name, data)) for name, data in members] + change(None, b"")
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size, info.mode = len(data), 0o644
+            tar.addfile(info, io.BytesIO(data))
+
+
+def test_a_changed_sidecar_is_found(copy):
+    video = Dataset.open(copy).video(7)
+    flip = lambda name, data: [] if name is None else data.replace(b'"label": ', b'"lab3l": ')  # noqa: E731
+    rewritten(copy / "shards" / video.shard, flip)
+    problems = verify(copy, workers=0)
+    assert {problem.file for problem in problems} == {video.shard} and video.key in {p.key for p in problems}
+    assert all("json does not say" in problem.what for problem in problems)
+
+
+@pytest.mark.parametrize("stranger", ["../../outside.mp4", "/etc/passwd", "unknown.mp4"])
+def test_a_tar_member_that_is_not_of_the_data_set_is_found(copy, stranger):
+    shard = Dataset.open(copy).video(7).shard
+    rewritten(copy / "shards" / shard, lambda name, data: [(stranger, b"x")] if name is None else data)
+    problems = [problem for problem in verify(copy, workers=0) if problem.file == shard]
+    assert [(problem.key, problem.what) for problem in problems] == [(stranger, "is in the tar, but not in the index")]
+
+
 def test_another_index_than_described_is_found(copy):
     info = json.loads((copy / "dataset.json").read_text())
     info["splits"]["train"]["videos"] = 11
