@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import json
 import os
 from collections import Counter
@@ -16,7 +15,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from ..errors import UserError, explain_os_error
 from ..storage import LocalStorage, Storage, storage_at
@@ -208,7 +206,7 @@ def _finished(storage: Storage, prints: dict[str, str]) -> set[str]:
 
 
 def _shard_table(storage: Storage, name: str) -> pa.Table:
-    return pq.read_table(io.BytesIO(storage.read(f"shards/{name}.parquet")))
+    return shards.read_parquet(storage.read(f"shards/{name}.parquet"))
 
 
 def _shard_rejections(storage: Storage, names: Iterable[str]) -> list[Rejection]:
@@ -278,7 +276,11 @@ def _add_video(
 
     stem = shards.tar_name(video.key)
     with writer.member(f"{stem}.mp4") as payload:
-        encoded = task.settings.encode(video, payload, on_frame)
+        try:
+            encoded = task.settings.encode(video, payload, on_frame)
+        finally:
+            if payload.error is not None:  # the disk's fault is not the source's
+                raise payload.error
         if payload.size >= shards.MAX_PAYLOAD:
             raise VideoError("encode", "8 GiB or more do not fit a tar member; use a lower --short-side or cut it")
         try:
@@ -314,6 +316,9 @@ def _finish(
             f"{storage} lacks {len(missing)} of {len(plan['shards'])} shards, e.g. {missing[0]}: run their slices (or "
             "the whole command) again, then merge"
         )
+    for file in storage.names("shards"):  # what a refresh that was interrupted left behind
+        if not file.startswith(".") and file.rpartition(".")[0] not in prints:
+            storage.delete(f"shards/{file}")
     with ThreadPoolExecutor(16) as pool:
         tables = list(pool.map(lambda name: _shard_table(storage, name), plan["shards"]))
     reencoded: Counter[str] = Counter()

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from .shards import Dataset
+from .shards import Dataset, read_parquet
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
@@ -27,7 +25,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
     lengths = np.diff(offsets.values.to_numpy())
     lengths = lengths[lengths > 0]  # each list ends above where the next begins
     storage = dataset.storage
-    errors = pq.read_table(io.BytesIO(storage.read("errors.parquet"))) if storage.exists("errors.parquet") else None
+    errors = read_parquet(storage.read("errors.parquet")) if storage.exists("errors.parquet") else None
     reasons = pc.value_counts(errors["stage"]).to_pylist() if errors is not None else []
     return {
         "name": dataset.info["name"],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
 import os
 import re
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ..errors import UserError
 from ..storage import Storage
@@ -136,7 +134,7 @@ def read_plan(storage: Storage) -> tuple[dict[str, Any], pa.Table]:
     except FileNotFoundError:
         raise UserError(f"{storage} holds no conversion that was begun: it lacks plan.json or {_SOURCES}") from None
     try:
-        info, table = json.loads(plan), pq.read_table(io.BytesIO(sources))
+        info, table = json.loads(plan), shards.read_parquet(sources)
     except (json.JSONDecodeError, UnicodeDecodeError, pa.ArrowInvalid, OSError):
         info, table = None, None
     if not isinstance(info, dict) or "shards" not in info or table is None or table.schema.names != _SCHEMA.names:

@@ -128,10 +128,15 @@ class Payload:
 
     def __init__(self, file: BinaryIO, offset: int):
         self._file, self.offset, self.size, self.crc32c = file, offset, 0, 0
+        self.error: OSError | None = None  # why a write failed, which a muxer may report as a fault of its own
 
     def write(self, data: bytes) -> int:
         data = bytes(data)
-        self._file.write(data)
+        try:
+            self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
         self.size += len(data)
         self.crc32c = google_crc32c.extend(self.crc32c, data)
         return len(data)
@@ -179,6 +184,11 @@ def parquet_bytes(table: pa.Table) -> bytes:
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
     return buffer.getvalue()
+
+
+def read_parquet(data: bytes) -> pa.Table:
+    """A Parquet file in memory as a table, read by this thread alone: pq.read_table starts threads for every file."""
+    return pq.ParquetFile(io.BytesIO(data)).read(use_threads=False)
 
 
 @dataclass(frozen=True)
@@ -313,7 +323,7 @@ def _index_table(storage: Storage, digest: str) -> pa.Table:
 def read_index_parquet(storage: Storage) -> pa.Table:
     """index.parquet as one table, checked against the format's columns."""
     try:
-        table = pq.read_table(io.BytesIO(storage.read("index.parquet")))
+        table = read_parquet(storage.read("index.parquet"))
     except FileNotFoundError:
         raise UserError(f"{storage} has lost its index.parquet; run the same `genkd shard` command again") from None
     except (pa.ArrowInvalid, OSError) as error:

@@ -15,13 +15,23 @@ import av
 import google_crc32c
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from ..errors import UserError
 from ..storage import Storage, storage_at
 from . import engines
 from .export import dali_index
-from .shards import Corrupt, Dataset, Payload, Video, digest_of, gop_table, is_shard_name, sidecar_bytes, tar_name
+from .shards import (
+    Corrupt,
+    Dataset,
+    Payload,
+    Video,
+    digest_of,
+    gop_table,
+    is_shard_name,
+    read_parquet,
+    sidecar_bytes,
+    tar_name,
+)
 from .sources import printable
 from .video import decode_frames
 
@@ -56,7 +66,7 @@ def verify(
         problems.append(Problem("dataset.json", "", f"counts {counted} videos by split, the index {found}"))
     there = set(storage.names("shards"))
     names = sorted(set(dataset.table["shard"].to_pylist()))
-    for name in names:
+    for name in filter(is_shard_name, names):
         stem = name.removesuffix(".tar")
         problems += [
             Problem(f"{stem}.{suffix}", "", "is missing")
@@ -85,7 +95,7 @@ def _ignore(event: object) -> None:
 def _check_finished(task: tuple[str, str, tuple[str, ...]], report: engines.Report) -> tuple[str, list[Problem]]:
     folder, name, classes = task
     storage = storage_at(folder)
-    table = pq.read_table(io.BytesIO(storage.read(f"shards/{name}.parquet"))).replace_schema_metadata(None)
+    table = read_parquet(storage.read(f"shards/{name}.parquet")).replace_schema_metadata(None)
     return name, _check_shard(
         Dataset(storage, {"classes": list(classes)}, table), f"{name}.tar", list(range(table.num_rows)), report
     )
@@ -99,7 +109,7 @@ def _verify_shard(task: tuple[str, str], report: engines.Report) -> list[Problem
     own = f"{name.removesuffix('.tar')}.parquet"
     if is_shard_name(name) and dataset.storage.exists(f"shards/{own}"):
         try:
-            table = pq.read_table(io.BytesIO(dataset.storage.read(f"shards/{own}")))
+            table = read_parquet(dataset.storage.read(f"shards/{own}"))
             if (
                 not table.replace_schema_metadata(None)
                 .sort_by("offset")
@@ -131,6 +141,7 @@ def _check_shard(dataset: Dataset, name: str, rows: list[int], report: engines.R
         if dataset.storage.exists(f"shards/{stem}.idx") and dataset.storage.read(f"shards/{stem}.idx") != index:
             problems.append(Problem(f"{stem}.idx", "", "is not the index of its tar file"))
         file = stack.enter_context(open(path, "rb"))
+        sound = True
         known, named = set(), {member.name: member for member in members.values()}
         for row in rows:
             values = {column: dataset.table[column][row].as_py() for column in dataset.table.column_names}
@@ -147,8 +158,9 @@ def _check_shard(dataset: Dataset, name: str, rows: list[int], report: engines.R
                 _check_sidecar(file, named.get(sidecar), sidecar_bytes(values, dataset.classes))
             except Corrupt as problem:
                 problems.append(Problem(name, values["key"], str(problem)))
+                sound = False
             report(1)
-        if not problems:
+        if sound:
             strangers = sorted({member.name for member in members.values()} - known)
             problems += [
                 Problem(name, printable(stranger), "is in the tar, but not in the index") for stranger in strangers

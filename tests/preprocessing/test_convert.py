@@ -1,3 +1,6 @@
+import dataclasses
+import errno
+import io
 import json
 import multiprocessing
 import os
@@ -13,7 +16,7 @@ import pytest
 
 from genkd import files
 from genkd.errors import UserError
-from genkd.preprocessing import plan, sources
+from genkd.preprocessing import plan, shards, sources
 from genkd.preprocessing.convert import convert
 from genkd.preprocessing.shards import Dataset
 from genkd.preprocessing.video import VideoSettings
@@ -240,6 +243,30 @@ def test_a_full_disk_gives_one_sentence_and_a_clean_resume(videos, plain, small_
     subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
     genkd(*command)
     assert content(disk / "data") == content(plain)
+
+
+def test_a_disk_that_fails_at_any_write_rejects_no_source(videos, tmp_path, monkeypatch):
+    """FFmpeg may report a sink's failure as its own; it must never be taken for a fault of the video."""
+    everything = sources.ucf101(videos)
+    few = dataclasses.replace(everything, videos=everything.videos[:2])
+    for moment in (0, 1, 2, 3, 10, 41, 42, 43, 60, 84, 85):
+        left = [moment]
+
+        class Failing(io.BufferedRandom):
+            def write(self, data, left=left):
+                left[0] -= 1
+                if left[0] < 0:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                return super().write(data)
+
+        def opened(self, path):
+            self._file = Failing(io.FileIO(path, "w+"))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(shards.ShardWriter, "__init__", opened)
+            with pytest.raises(UserError, match="no space left"):
+                convert(few, tmp_path / f"data-{moment}", SETTINGS, workers=0)
+        assert not convert(few, tmp_path / f"data-{moment}", SETTINGS, workers=0).rejected
 
 
 def test_the_summary_is_json_on_demand(videos, tmp_path, genkd):

@@ -57,7 +57,7 @@ def test_a_data_set_is_a_source_with_the_same_frames(data):
     assert [video.key for video in source.videos] == data.table["key"].to_pylist()
     assert source.classes == tuple(data.classes)
     video, row = source.videos[3], data.video(3)
-    assert (video.size, video.mtime_ns, video.fps, video.label) == (row.size, 0, 25.0, row.label)
+    assert (video.size, video.mtime_ns, video.fps, video.label) == (row.size, row.crc32c, 25.0, row.label)
     with open(data.path / "shards" / row.shard, "rb") as file:
         file.seek(row.offset)
         payload = file.read(row.size)
