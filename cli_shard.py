@@ -248,6 +248,8 @@ def run(source, out: str | Path, settings: Any, *, workers: int | None, part: st
             **options,
         )  # fmt: skip
     print_summary(summary, as_json)
+    if options["repair"] and not summary.repaired and not as_json:
+        click.echo("no finished shard was damaged")
     return summary
 
 

@@ -21,6 +21,7 @@ from ..storage import LocalStorage, Storage, storage_at
 from . import engines, shards, verify
 from .decoding import VideoError
 from .export import dali_index
+from .lookup import VIDEO_EXTENSIONS
 from .plan import adopt, planned_fingerprints, read_plan, scan_rejections
 from .sources import Rejection, SourceList, SourceVideo, printable
 
@@ -103,6 +104,7 @@ def convert(
     if not source.videos:
         raise UserError(f"{source.root} holds no video to convert")
     _refuse_inside(storage, source.root)
+    _refuse_without_rate(source)
     run = engines.engine(engine, workers, address)
     with _explained(storage), storage.locked(f"slice-{part[0]}-of-{part[1]}" if part else ""):
         plan = adopt(storage, source, settings, refresh=refresh)
@@ -186,6 +188,14 @@ def _explained(storage: Storage):
 def _refuse_inside(storage: Storage, root: Path) -> None:
     if isinstance(storage, LocalStorage) and (storage.path == root or root in storage.path.parents):
         raise UserError(f"{storage} lies inside the source {root}; choose a folder outside it")
+
+
+def _refuse_without_rate(source: SourceList) -> None:
+    """Frames that lie about one by one have no frame rate, which is better said before anything is begun."""
+    for video in source.videos:
+        loose = not video.fps and os.path.splitext(video.path)[1].lower() not in VIDEO_EXTENSIONS
+        if loose and (video.path.endswith(".npy") or os.path.isdir(video.path)):
+            raise UserError(f"{printable(video.path)} states no frame rate; give it with --source-fps")
 
 
 def _finished(storage: Storage, prints: dict[str, str]) -> set[str]:

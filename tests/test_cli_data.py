@@ -67,6 +67,8 @@ def test_frames_then_lists_then_shards_again(few, data, tmp_path, genkd):
     official = (few / "testlist01.txt").read_text().split()
     assert [line.split()[0] for line in lines] == [name.split("/")[1].removesuffix(".avi") for name in official]
     assert {line.split()[1] for line in lines} == {"40"}
+    told = genkd("shard", "ucf101", frames, tmp_path / "again", "--annotations", few, *SMALL, check=False)
+    assert told.returncode == 1 and "--source-fps" in told.stderr and not (tmp_path / "again").exists()
     genkd("shard", "ucf101", frames, tmp_path / "again", "--annotations", few, "--source-fps", 25, *SMALL)
     again = Dataset.open(tmp_path / "again")
     assert again.table["key"].equals(Dataset.open(data).table["key"])
