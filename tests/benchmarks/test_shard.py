@@ -35,6 +35,7 @@ def small(monkeypatch):
     monkeypatch.setattr(shard, "SETTINGS", replace(shard.SETTINGS, short_side=48, gop=8))
 
 
+@pytest.mark.slow
 def test_every_contender_converts_every_frame_of_the_same_videos(few, small):
     result = shard.run(few, 1)
     rows = {row["name"]: row for row in result["rows"]}
