@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.resource_tracker
 import os
 import pickle
 import signal
@@ -116,6 +117,8 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, function), daemon=True)
+        # Starting the first process starts multiprocessing's resource tracker too, which lifts the block below.
+        multiprocessing.resource_tracker.ensure_running()
         with _interrupts_blocked():  # the process inherits it: Ctrl-C is the parent's alone
             self.process.start()
         theirs.close()

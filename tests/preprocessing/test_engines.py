@@ -50,6 +50,10 @@ def sleep(task, report):
     report(1)
     time.sleep(60)
 
+def blocks_interrupts(task, report):
+    time.sleep(0.2)  # so that every worker gets one
+    return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
 class Deadly(VideoSettings):
     def encode(self, video, sink, on_frame):
         if "two words" in video.key or "b/good" in video.key:
@@ -72,6 +76,19 @@ def test_a_task_whose_worker_is_killed_runs_again_and_its_reports_count_once(mod
     results = list(run_local(module.die_once, [(str(tmp_path / "x"), n) for n in range(8)], 2, events.append))
     assert sorted(results) == [n * n for n in range(8)]
     assert sum(events) == 8 * 5 and -2 in events
+
+
+def test_ctrl_c_cannot_reach_a_worker_not_even_the_first_of_a_process(tmp_path):
+    """In a process of its own, as multiprocessing starts more than the worker with the first one."""
+    (tmp_path / "deadly_module.py").write_text(MODULE)
+    script = """if __name__ == "__main__":
+        import deadly_module
+        from genkd.preprocessing.engines import run_local
+        print(list(run_local(deadly_module.blocks_interrupts, [1, 2], 2, print)))
+    """
+    (tmp_path / "script.py").write_text(script)
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[True, True]", done.stderr
 
 
 def test_a_task_that_kills_every_worker_is_given_up_with_a_sentence(module):
