@@ -22,7 +22,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     A reader sees all of the file or nothing of it, also after a power cut; if the block raises, nothing is left.
     """
-    temporary = path.with_name(f".{path.name}.{_HOST}-{os.getpid()}.tmp")
+    temporary = path.with_name(temporary_name(path.name))
     try:
         yield temporary
         _sync(temporary)
@@ -40,23 +40,34 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """value as an indented JSON file, written atomically."""
-    write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    write_atomically(path, json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """value as the text of an indented JSON file."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def temporary_name(name: str) -> str:
+    """What a file is called while this process writes it."""
+    return f".{name}.{_HOST}-{os.getpid()}.tmp"
 
 
 def remove_leftovers(folder: Path, stems: Collection[str] = ("",)) -> None:
     """Deletes what a killed process left half written by replacing(), of files whose names begin with a stem."""
-    begun = tuple(f".{stem}" for stem in stems)
     if folder.is_dir():
         for path in folder.iterdir():
-            if path.name.startswith(begun) and path.name.endswith(".tmp") and not _is_being_written(path.name):
+            if is_leftover(path.name, stems):
                 path.unlink(missing_ok=True)
 
 
-def _is_being_written(name: str) -> bool:
-    """Whether the process in a temporary name is another one that lives on this machine."""
+def is_leftover(name: str, stems: Collection[str]) -> bool:
+    """Whether a name is a temporary one that begins with a stem, and not of another live process of this machine."""
+    if not name.startswith(tuple(f".{stem}" for stem in stems)) or not name.endswith(".tmp"):
+        return False
     host, _, process = name.removesuffix(".tmp").rpartition(".")[2].rpartition("-")
-    alive = host == _HOST and process.isdigit() and int(process) != os.getpid()
-    return alive and os.path.exists(f"/proc/{process}")
+    other = host == _HOST and process.isdigit() and int(process) != os.getpid()
+    return not (other and os.path.exists(f"/proc/{process}"))
 
 
 @contextlib.contextmanager

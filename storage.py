@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import json
 import os
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .files import locked, remove_leftovers, replacing, write_atomically
+from .files import is_leftover, json_bytes, locked, remove_leftovers, replacing, temporary_name, write_atomically
 
 # Object stores show an object only once its upload is complete; elsewhere a temporary name and a rename do that.
 _ATOMIC_PROTOCOLS = frozenset(["s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "r2"])
@@ -34,7 +35,7 @@ def storage_at(place: str | Path) -> Storage:
     return RemoteStorage(text) if "://" in text else LocalStorage(Path(text).absolute())
 
 
-class Storage:
+class Storage(abc.ABC):
     """A folder of files with names like shards/train-00000.tar. A file is there as a whole or not at all."""
 
     def __init__(self, name: str):
@@ -43,46 +44,46 @@ class Storage:
     def __str__(self) -> str:
         return self.name
 
+    @abc.abstractmethod
     def read(self, name: str) -> bytes:
         """A file's content. Raises FileNotFoundError."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def downloaded(self, name: str) -> contextlib.AbstractContextManager[Path]:
         """A file as a local path, for the length of the block. Raises FileNotFoundError."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def write(self, name: str, data: bytes) -> None:
         """Puts data in place, whole or not at all."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def uploading(self, name: str) -> contextlib.AbstractContextManager[Path]:
         """A local path to write; what is there when the block ends well is put in place, whole."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def names(self, folder: str = "") -> list[str]:
         """Names of the files and folders in a folder, sorted; none for a folder that does not exist."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def delete(self, name: str) -> None:
         """Removes a file if it is there."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def remove_leftovers(self, folder: str, stems: Collection[str] = ("",)) -> None:
         """Deletes what killed runs left half written in a folder, of files whose names begin with one of the stems."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def locked(self, part: str = "") -> contextlib.AbstractContextManager[None]:
         """Makes the folder and keeps other runs out of it. Runs with different `part`s may work side by side, but
         not beside one without. Raises UserError if the folder is taken."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def exists(self, name: str) -> bool:
-        folder, _, leaf = name.rpartition("/")
-        return leaf in self.names(folder)
+        """Whether there is such a file."""
 
     def write_json(self, name: str, value: Any) -> None:
         """value as an indented JSON file."""
-        self.write(name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+        self.write(name, json_bytes(value))
 
 
 class LocalStorage(Storage):
@@ -133,7 +134,6 @@ class LocalStorage(Storage):
                 return
             with locked(self.path, busy, name=f".lock-{part}"):
                 yield
-                (self.path / f".lock-{part}").unlink(missing_ok=True)
 
 
 def _machine() -> str:
@@ -151,10 +151,7 @@ class RemoteStorage(Storage):
         super().__init__(url.rstrip("/"))
         try:
             self._fs, self._root = fsspec.url_to_fs(url)
-        except ImportError as error:
-            extra = "genkd[s3]" if url.startswith("s3") else "the package that it names"
-            raise UserError(f"{url} cannot be opened ({error}); install {extra}") from None
-        except ValueError as error:
+        except (ImportError, ValueError) as error:  # whose texts name the package to install, or the known protocols
             raise UserError(f"{url} cannot be opened ({error})") from None
         protocol = self._fs.protocol
         self._atomic = bool(_ATOMIC_PROTOCOLS.intersection([protocol] if isinstance(protocol, str) else protocol))
@@ -208,9 +205,8 @@ class RemoteStorage(Storage):
         for place in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*-*"):
             if not Path("/proc", place.name.removeprefix(_SCRATCH).split("-")[0]).exists():
                 shutil.rmtree(place, ignore_errors=True)
-        begun = tuple(f".{stem}" for stem in stems)
         for name in [] if self._atomic else self.names(folder):
-            if name.startswith(begun) and name.endswith(".tmp"):
+            if is_leftover(name, stems):
                 self.delete(posixpath.join(folder, name))
 
     @contextlib.contextmanager
@@ -290,7 +286,7 @@ class RemoteStorage(Storage):
                 return
             folder, leaf = posixpath.split(path)
             self._fs.makedirs(folder, exist_ok=True)
-            temporary = posixpath.join(folder, f".{leaf}.{socket.gethostname()}-{os.getpid()}.tmp")
+            temporary = posixpath.join(folder, temporary_name(leaf))
             yield temporary
             self._fs.mv(temporary, path)
 
@@ -307,4 +303,5 @@ class RemoteStorage(Storage):
         except Exception as error:  # every fsspec implementation has exceptions of its own
             if type(error).__module__.split(".")[0] == "builtins" and not isinstance(error, OSError):
                 raise
-            raise UserError(f"{self} cannot be used ({type(error).__name__}: {error})") from error
+            reason = " ".join(str(error).split())
+            raise UserError(f"{self} cannot be used ({type(error).__name__}: {reason})") from error

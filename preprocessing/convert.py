@@ -26,7 +26,7 @@ from .plan import adopt, planned_fingerprints, read_plan, scan_rejections
 from .sources import Rejection, SourceList, SourceVideo, printable
 
 DEADLY_TIMES = 3  # a worker dies at a video before it is left out
-_FROM_OUTSIDE = ("SIGKILL", "SIGTERM", "OutOfMemoryError")  # ends that say nothing against the source
+_FROM_OUTSIDE = ("SIGKILL", "SIGTERM")  # ends that say nothing against the source
 MAX_DEADLY = 10  # videos that kill their workers; more are taken for a fault of the machine
 MAX_LOSSES = 100  # videos at which a worker died
 _FINGERPRINT, _ERRORS, _REENCODED = b"genkd.fingerprint", b"genkd.errors", b"genkd.reencoded"
@@ -96,8 +96,8 @@ def convert(
     an undisturbed one, on any engine ("local" or "ray" at `address`) with any number of workers. part: (k, n) writes
     every n-th shard, from the k-th, and no index. refresh: convert sources again that changed. repair: check every
     finished shard and rebuild damaged ones. retry_rejected: write shards again that have rejected sources.
-    on_error: "skip" records a bad source in errors.parquet, "fail" stops at
-    the first one. on_start gets the number of videos and how many earlier runs finished.
+    on_error: "skip" records a bad source in errors.parquet, "fail" stops at the first one. on_start gets the number
+    of videos and how many earlier runs finished.
     Raises UserError if `out` belongs to another conversion or is being written, or if no video can be used.
     """
     storage = storage_at(out)
@@ -117,7 +117,7 @@ def convert(
         damaged = []
         if repair:
             damaged = verify.damaged_shards(storage, sorted(done), source.classes, engines.engine("local", workers))
-        again = {*damaged, *(name for name in done if retry_rejected and _shard_rejections(storage, [name]))}
+        again = {*damaged, *(name for name, table in done.items() if retry_rejected and _rejections([table]))}
         for name in again:
             storage.delete(f"shards/{name}.parquet")
         pending = [name for name in names if name not in done or name in again]
@@ -136,7 +136,8 @@ def convert(
             pass
         storage.remove_leftovers("shards", [f"{name}." for name in pending])
         if part:
-            return Summary(storage.name, None, _shard_rejections(storage, names), len(names) - len(pending), [])
+            rejected = _rejections(_finished(storage, prints).values())
+            return Summary(storage.name, None, rejected, len(names) - len(pending), [])
         return _finish(storage, plan.info, prints, list(plan.rejected), len(names) - len(pending), tuple(damaged))
 
 
@@ -146,6 +147,9 @@ def merge(out: str | Path) -> Summary:
     with _explained(storage):
         read_plan(storage)  # refused before a lock makes the folder
         with storage.locked():
+            for name in storage.names():
+                if name.startswith(".lock-"):  # of slices, none of which can be at work now
+                    storage.delete(name)
             info, sources = read_plan(storage)
             return _finish(storage, info, planned_fingerprints(info, sources), scan_rejections(sources), 0, ())
 
@@ -170,11 +174,9 @@ class _Losses:
                 f"worker processes are killed again and again (the last by {reason} at {key}), often by the system for "
                 "lack of memory; what is finished is kept: run the same command again, perhaps with fewer --workers"
             )
-        return (
-            dataclasses.replace(task, deadly=(*task.deadly, (key, reason)))
-            if self._times[key] >= DEADLY_TIMES
-            else task
-        )
+        if self._times[key] < DEADLY_TIMES:
+            return task
+        return dataclasses.replace(task, deadly=(*task.deadly, (key, reason)))
 
 
 @contextlib.contextmanager
@@ -198,29 +200,26 @@ def _refuse_without_rate(source: SourceList) -> None:
             raise UserError(f"{printable(video.path)} states no frame rate; give it with --source-fps")
 
 
-def _finished(storage: Storage, prints: dict[str, str]) -> set[str]:
-    """The shards that are complete and as planned."""
+def _finished(storage: Storage, prints: dict[str, str]) -> dict[str, pa.Table]:
+    """The rows of the shards that are complete and as planned."""
     there = set(storage.names("shards"))
 
-    def is_done(name: str) -> bool:
+    def rows(name: str) -> pa.Table | None:
         if not {f"{name}.tar", f"{name}.idx", f"{name}.parquet"} <= there:
-            return False
+            return None
         try:
-            metadata = _shard_table(storage, name).schema.metadata or {}
+            table = shards.read_parquet(storage.read(f"shards/{name}.parquet"))
         except (OSError, pa.ArrowInvalid):
-            return False
-        return metadata.get(_FINGERPRINT) == prints[name].encode()
+            return None
+        return table if (table.schema.metadata or {}).get(_FINGERPRINT) == prints[name].encode() else None
 
     with ThreadPoolExecutor(16) as pool:
-        return {name for name, done in zip(prints, pool.map(is_done, prints), strict=True) if done}
+        found = zip(prints, pool.map(rows, prints), strict=True)
+        return {name: table for name, table in found if table is not None}
 
 
-def _shard_table(storage: Storage, name: str) -> pa.Table:
-    return shards.read_parquet(storage.read(f"shards/{name}.parquet"))
-
-
-def _shard_rejections(storage: Storage, names: Iterable[str]) -> list[Rejection]:
-    tables = (_shard_table(storage, name) for name in names)
+def _rejections(tables: Iterable[pa.Table]) -> list[Rejection]:
+    """The sources that finished shards had to leave out."""
     return [Rejection(*entry) for table in tables for entry in json.loads(table.schema.metadata[_ERRORS])]
 
 
@@ -329,13 +328,11 @@ def _finish(
     for file in storage.names("shards"):  # what a refresh that was interrupted left behind
         if not file.startswith(".") and file.rpartition(".")[0] not in prints:
             storage.delete(f"shards/{file}")
-    with ThreadPoolExecutor(16) as pool:
-        tables = list(pool.map(lambda name: _shard_table(storage, name), plan["shards"]))
+    tables = [done[name] for name in plan["shards"]]
     reencoded: Counter[str] = Counter()
     for table in tables:
-        rejected += [Rejection(*entry) for entry in json.loads(table.schema.metadata[_ERRORS])]
         reencoded.update(json.loads(table.schema.metadata[_REENCODED]))
-    rejected.sort(key=lambda entry: entry.path)
+    rejected = sorted([*rejected, *_rejections(tables)], key=lambda entry: entry.path)
     rows = [dataclasses.asdict(entry) for entry in rejected]
     storage.write("errors.parquet", shards.parquet_bytes(pa.Table.from_pylist(rows, shards.ERROR_SCHEMA)))
     table = pa.concat_tables([table.replace_schema_metadata(None) for table in tables])

@@ -41,10 +41,6 @@ class Plan:
         videos = [(video.key, video.split, video.label, video.size, _content(video)) for video in self.shards[name]]
         return _fingerprint(self.info, videos)
 
-    def fingerprints(self) -> dict[str, str]:
-        """The fingerprint of every shard."""
-        return {name: self.fingerprint(name) for name in self.shards}
-
 
 def make_plan(source: SourceList, settings: Any, kept: Mapping[str, str] | None = None) -> Plan:
     """The plan for a source list. settings: a frozen dataclass with a `modality` and an `encode` method.
@@ -92,21 +88,21 @@ def adopt(storage: Storage, source: SourceList, settings: Any, *, refresh: bool)
     Sources that changed since are refused by name; with refresh they are converted again: existing videos keep their
     shards, new ones get new shards, and only the shards concerned are written. Raises UserError.
     """
-    plan = make_plan(source, settings)
     if not storage.exists("plan.json"):
         _refuse_strangers(storage)
+        plan = make_plan(source, settings)
         _write(storage, source.root, plan)
         return plan
     old, table = read_plan(storage)
+    before = {row["key"]: row for row in table.to_pylist()}
+    plan = make_plan(source, settings, {key: row["shard"] for key, row in before.items()})
     changed = _settings_changed(old, plan.info)
     if changed:
         raise UserError(
             f"{storage} was begun with other settings ({'; '.join(changed[:4])}); choose another folder, "
             "delete that one, or use the same settings to continue it"
         )
-    before = {row["key"]: row for row in table.to_pylist()}
     differences = _sources_changed(before, source)
-    plan = make_plan(source, settings, {key: row["shard"] for key, row in before.items()})
     if not differences and old == plan.info:
         return plan
     # Without differences, a refresh was interrupted between its two files.
@@ -121,9 +117,6 @@ def adopt(storage: Storage, source: SourceList, settings: Any, *, refresh: bool)
     for name in {before[key]["shard"] for key in differences if key in before}:
         storage.delete(f"shards/{name}.parquet")
     _write(storage, source.root, plan)
-    for file in storage.names("shards"):
-        if file.rpartition(".")[0] not in plan.shards and not file.startswith("."):
-            storage.delete(f"shards/{file}")
     return plan
 
 

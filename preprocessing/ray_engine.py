@@ -49,73 +49,102 @@ def run_ray(
     Raises UserError.
     """
     ray = _ray(address)
-    placed = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
-        ray.get_runtime_context().get_node_id(), False
-    )
-    mailbox = ray.remote(num_cpus=0, scheduling_strategy=placed)(Mailbox).remote()
-    remote = ray.remote(num_cpus=1, max_retries=0, max_calls=0)(_call)
-    heard: dict[tuple[int, int], list[Any]] = defaultdict(list)
-    tasks, attempts, losses, notes = list(tasks), [0] * len(tasks), [0] * len(tasks), [""] * len(tasks)
+    run = _RayRun(ray, function, tasks, on_report, on_lost)
     waiting = list(range(len(tasks)))[::-1]
-    running: dict[Any, int] = {}
-    lost = (
-        ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.LocalRayletDiedError,
-        ray.exceptions.OutOfMemoryError, ray.exceptions.ObjectLostError,
-    )  # fmt: skip
-
-    def listen() -> None:
-        for task, attempt, events in ray.get(mailbox.take.remote()):
-            if attempt == attempts[task]:  # else from a worker that was given up
-                for event in events:
-                    if isinstance(event, Note):
-                        notes[task] = event.text
-                    else:
-                        heard[task, attempt].append(event)
-                        on_report(event)
-
     try:
-        while waiting or running:
-            while waiting and (workers is None or len(running) < max(1, workers)):
-                task = waiting.pop()
-                attempts[task] += 1
-                notes[task] = ""
-                running[remote.remote(function, tasks[task], mailbox, task, attempts[task])] = task
-            done, _ = ray.wait(list(running), timeout=0.2)
-            listen()
+        while waiting or run.running:
+            while waiting and (workers is None or len(run.running) < max(1, workers)):
+                run.begin(waiting.pop())
+            done, _ = ray.wait(list(run.running), timeout=0.2)
+            run.listen()
             for future in done:
-                task = running.pop(future)
+                task = run.running.pop(future)
                 try:
-                    result = ray.get(future)
-                    heard.pop((task, attempts[task]), None)
-                    yield result
-                except lost as error:
-                    for event in heard.pop((task, attempts[task]), []):
-                        on_report(-event)
-                    losses[task] += 1
-                    # A lost node says nothing against what was worked on there.
-                    innocent = (ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError)
-                    if on_lost and notes[task] and not isinstance(error, innocent):
-                        tasks[task] = on_lost(tasks[task], notes[task], type(error).__name__)
-                    elif losses[task] >= LOSSES:
-                        raise UserError(
-                            f"a worker was lost {LOSSES} times on the same task ({type(error).__name__}); what is "
-                            "finished is kept: run the same command again, with more memory a worker"
-                        ) from None
+                    yield run.result(future, task)
+                except _Lost:
                     waiting.append(task)
-                except ray.exceptions.RayTaskError as error:
-                    raise (error.cause if isinstance(error.cause, Exception) else error) from None
-        listen()
+        run.listen()
     except ray.exceptions.RayError as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"the Ray cluster failed ({reason}); what is finished is kept: run the same command again"
         ) from error
     finally:
-        for future in running:
-            with contextlib.suppress(Exception):  # the cluster may be gone; what stopped the run is raised already
-                ray.cancel(future, force=True)
+        run.end()
+
+
+class _Lost(Exception):
+    """A task's worker or node is gone; the task is to run again."""
+
+
+class _RayRun:
+    """The tasks of one run, what was heard of each, and where each runs now. running: future -> task number."""
+
+    def __init__(self, ray: Any, function: Callable, tasks: Sequence[Any], on_report: Callable, on_lost: Lost | None):
+        self._ray, self._function, self._on_report, self._on_lost = ray, function, on_report, on_lost
+        here = ray.get_runtime_context().get_node_id()
+        placed = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(here, False)
+        self._mailbox = ray.remote(num_cpus=0, scheduling_strategy=placed)(Mailbox).remote()
+        self._call = ray.remote(num_cpus=1, max_retries=0)(_call)
+        self._tasks = list(tasks)
+        self._attempts, self._losses, self._notes = [0] * len(tasks), [0] * len(tasks), [""] * len(tasks)
+        self._heard: dict[int, list[Any]] = defaultdict(list)
+        self.running: dict[Any, int] = {}
+
+    def begin(self, task: int) -> None:
+        """Hands a task to the cluster."""
+        self._attempts[task] += 1
+        self._notes[task] = ""
+        future = self._call.remote(self._function, self._tasks[task], self._mailbox, task, self._attempts[task])
+        self.running[future] = task
+
+    def listen(self) -> None:
+        """Passes on what the workers have reported since."""
+        for task, attempt, events in self._ray.get(self._mailbox.take.remote()):
+            if attempt != self._attempts[task]:
+                continue  # from a worker that was given up
+            for event in events:
+                if isinstance(event, Note):
+                    self._notes[task] = event.text
+                else:
+                    self._heard[task].append(event)
+                    self._on_report(event)
+
+    def result(self, future: Any, task: int) -> Any:
+        """What a finished task returned. Raises what it raised, _Lost if it has to run again, UserError if too often."""
+        errors = self._ray.exceptions
+        lost = (
+            errors.WorkerCrashedError, errors.NodeDiedError, errors.LocalRayletDiedError, errors.OutOfMemoryError,
+            errors.ObjectLostError,
+        )  # fmt: skip
+        try:
+            result = self._ray.get(future)
+        except errors.RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, Exception) else error) from None
+        except lost as error:
+            for event in self._heard.pop(task, []):
+                self._on_report(-event)
+            self._losses[task] += 1
+            # A lost node, or one short of memory, says nothing against what was worked on there.
+            innocent = isinstance(error, (errors.NodeDiedError, errors.OutOfMemoryError))
+            if self._on_lost and self._notes[task] and not innocent:
+                self._tasks[task] = self._on_lost(self._tasks[task], self._notes[task], type(error).__name__)
+            elif self._losses[task] >= LOSSES:
+                raise UserError(
+                    f"a worker was lost {LOSSES} times on the same task ({type(error).__name__}); what is finished is "
+                    "kept: run the same command again, with more memory a worker"
+                ) from None
+            raise _Lost from None
+        self._heard.pop(task, None)
+        return result
+
+    def end(self) -> None:
+        """Stops what still runs; the cluster may be gone, and what stopped the run is raised already."""
+        for future in self.running:
+            with contextlib.suppress(Exception):
+                self._ray.cancel(future, force=True)
         with contextlib.suppress(Exception):
-            ray.kill(mailbox)
+            self._ray.kill(self._mailbox)
 
 
 def _ray(address: str | None) -> Any:
@@ -124,7 +153,7 @@ def _ray(address: str | None) -> Any:
         import ray.exceptions
         import ray.util.scheduling_strategies
     except ImportError:
-        raise UserError("--engine ray needs the package ray: pip install 'genkd[ray]'") from None
+        raise UserError("--engine ray needs the package ray: pip install ray") from None
     if not ray.is_initialized():
         try:
             if match := re.fullmatch(r"(?:ray://)?([^:/]+):(\d+)", address or ""):
