@@ -111,7 +111,7 @@ class _RayRun:
                     self._on_report(event)
 
     def result(self, future: Any, task: int) -> Any:
-        """What a finished task returned. Raises what it raised, _Lost if it has to run again, UserError if too often."""
+        """What a task returned. Raises what it raised, _Lost if it has to run again, UserError if that is too often."""
         errors = self._ray.exceptions
         lost = (
             errors.WorkerCrashedError, errors.NodeDiedError, errors.LocalRayletDiedError, errors.OutOfMemoryError,
