@@ -67,7 +67,17 @@ def is_leftover(name: str, stems: Collection[str]) -> bool:
         return False
     host, _, process = name.removesuffix(".tmp").rpartition(".")[2].rpartition("-")
     other = host == _HOST and process.isdigit() and int(process) != os.getpid()
-    return not (other and os.path.exists(f"/proc/{process}"))
+    return not (other and process_lives(int(process)))
+
+
+def process_lives(process: int) -> bool:
+    """Whether a process of this machine still runs. One that is dead but was never waited for, as under a container's
+    init that collects nothing, does not."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return state.rpartition(")")[2].split()[:1] not in (["Z"], ["X"])
 
 
 @contextlib.contextmanager

@@ -18,7 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .files import is_leftover, json_bytes, locked, remove_leftovers, replacing, temporary_name, write_atomically
+from .files import (
+    is_leftover,
+    json_bytes,
+    locked,
+    process_lives,
+    remove_leftovers,
+    replacing,
+    temporary_name,
+    write_atomically,
+)
 
 # Object stores show an object only once its upload is complete; elsewhere a temporary name and a rename do that.
 _ATOMIC_PROTOCOLS = frozenset(["s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "r2"])
@@ -203,7 +212,8 @@ class RemoteStorage(Storage):
 
     def remove_leftovers(self, folder: str, stems: Collection[str] = ("",)) -> None:
         for place in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*-*"):
-            if not Path("/proc", place.name.removeprefix(_SCRATCH).split("-")[0]).exists():
+            process = place.name.removeprefix(_SCRATCH).split("-")[0]
+            if process.isdigit() and not process_lives(int(process)):
                 shutil.rmtree(place, ignore_errors=True)
         for name in [] if self._atomic else self.names(folder):
             if is_leftover(name, stems):
@@ -268,7 +278,8 @@ class RemoteStorage(Storage):
         if not state:
             return
         age = time.time() - float(state.get("time", 0.0))
-        gone = state.get("host") == _machine() and not Path(f"/proc/{state.get('pid')}").exists()
+        process = state.get("pid")
+        gone = state.get("host") == _machine() and isinstance(process, int) and not process_lives(process)
         if age < _STALE_SECONDS and not gone:
             raise UserError(
                 f"another run ({state.get('host')}, process {state.get('pid')}) was writing {self} {age:.0f} s ago; "
