@@ -303,8 +303,9 @@ def _add_video(
         "key": video.key, "split": video.split, "label": video.label,
         "annotations": [entry._asdict() for entry in video.annotations],
         "shard": f"{task.name}.tar", "offset": payload.offset, "size": payload.size, "header_size": header_size,
-        "gop_offsets": offsets, "gop_frames": list(encoded.gop_frames), "num_frames": encoded.num_frames,
-        "fps": encoded.fps, "width": encoded.width, "height": encoded.height, "codec": encoded.codec,
+        "gop_offsets": offsets, "gop_frames": list(encoded.gop_frames),
+        "gop_crc32c": payload.checksums(offsets), "num_frames": encoded.num_frames, "fps": encoded.fps,
+        "width": encoded.width, "height": encoded.height, "codec": encoded.codec,
         "crc32c": payload.crc32c, "source": printable(os.path.relpath(video.path, task.root)),
         "source_fps": encoded.source_fps, "source_frames": encoded.source_frames,
     }  # fmt: skip

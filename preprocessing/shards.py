@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,6 +42,7 @@ SCHEMA = pa.schema(
         ("header_size", pa.int64()),
         ("gop_offsets", pa.list_(pa.int64())),
         ("gop_frames", pa.list_(pa.int32())),
+        ("gop_crc32c", pa.list_(pa.uint32())),
         ("num_frames", pa.int32()),
         ("fps", pa.float64()),
         ("width", pa.int32()),
@@ -138,7 +140,7 @@ class Payload:
             self.error = error
             raise
         self.size += len(data)
-        self.crc32c = google_crc32c.extend(self.crc32c, data)
+        self.crc32c = int(google_crc32c.extend(self.crc32c, data))
         return len(data)
 
     def reset(self) -> None:
@@ -146,6 +148,15 @@ class Payload:
         self._file.seek(self.offset)
         self._file.truncate()
         self.size, self.crc32c = 0, 0
+
+    def checksums(self, offsets: Sequence[int]) -> list[int]:
+        """CRC-32C of the header and of each GOP, for the GOP table's offsets: what a reader of a part can check."""
+        end, found = self._file.tell(), []
+        for start, stop in itertools.pairwise([0, *offsets]):
+            self._file.seek(self.offset + start)
+            found.append(checksum_of(self._file.read(stop - start)))
+        self._file.seek(end)
+        return found
 
     def boxes(self) -> list[tuple[str, int, int]]:
         """(type, offset from the payload's start, size) of the top-level MP4 boxes (ISO/IEC 14496-12)."""
@@ -173,6 +184,11 @@ def gop_table(boxes: list[tuple[str, int, int]], size: int) -> tuple[int, list[i
     return offsets[0], [*offsets, size]
 
 
+def checksum_of(data: bytes) -> int:
+    """CRC-32C (Castagnoli, RFC 3720)."""
+    return int(google_crc32c.value(data))
+
+
 def tar_name(key: str) -> str:
     """The tar member's stem for a key. WebDataset splits names at the first dot, so the last part's become %2E."""
     folder, separator, name = key.rpartition("/")
@@ -193,7 +209,10 @@ def read_parquet(data: bytes) -> pa.Table:
 
 @dataclass(frozen=True)
 class Video:
-    """One row of the index. Offsets are bytes from the payload's start; gop_frames end with num_frames."""
+    """One row of the index. Offsets are bytes from the payload's start; gop_frames end with num_frames.
+
+    gop_crc32c: checksums of the header and then of each GOP.
+    """
 
     row: int
     key: str
@@ -204,6 +223,7 @@ class Video:
     header_size: int
     gop_offsets: np.ndarray
     gop_frames: np.ndarray
+    gop_crc32c: np.ndarray
     num_frames: int
     fps: float
     width: int
@@ -276,13 +296,13 @@ class Dataset:
     def video(self, row: int) -> Video:
         """One row. Raises Corrupt if it points outside the data set or contradicts itself."""
         values = {name: self.table[name][row] for name in _VIDEO_COLUMNS}
-        arrays = {name: values.pop(name).values.to_numpy() for name in ("gop_offsets", "gop_frames")}
+        arrays = {name: values.pop(name).values.to_numpy() for name in _LISTS}
         video = Video(row=row, **{name: value.as_py() for name, value in values.items()}, **arrays)
         if not is_shard_name(video.shard):
             raise Corrupt(f"row {row} of {self.storage}: shard name {video.shard!r} points outside the data set")
         offsets, frames = video.gop_offsets, video.gop_frames
         sound = (
-            video.offset >= 0 and len(offsets) == len(frames) > 1 and 0 < video.header_size <= offsets[0]
+            video.offset >= 0 and len(offsets) == len(frames) == len(video.gop_crc32c) > 1 and 0 < video.header_size <= offsets[0]
             and offsets[-1] == video.size and frames[0] == 0 and frames[-1] == video.num_frames
             and bool((np.diff(offsets) > 0).all()) and bool((np.diff(frames) > 0).all())
         )  # fmt: skip
@@ -293,6 +313,7 @@ class Dataset:
         return video
 
 
+_LISTS = ("gop_offsets", "gop_frames", "gop_crc32c")
 _VIDEO_COLUMNS = [name for name in Video.__dataclass_fields__ if name != "row"]
 
 

@@ -74,19 +74,22 @@ def thumos14(
     return SourceList(root.name, root, classes, sorted_unique(videos), tuple(rejected))
 
 
-def thumos_frames(annotations: Path, split: str) -> dict[str, tuple[int, list[tuple[float, float, int]]]]:
-    """The annotated videos of a split, "val" or "test", as the original implementation sees them, in file order.
+def thumos_frames(
+    video_info: Path, annotations: Path, class_index: Path
+) -> dict[str, tuple[int, list[tuple[float, float, int]]]]:
+    """The annotated videos of a split as the original implementation sees them, in file order.
 
+    video_info, annotations, class_index: val_video_info.csv, val_Annotation.csv, `Class Index_Detection.txt`.
     Video name -> (frames at 10 a second, (start, end, label) in those frames). It takes the frame columns, which
     assume 30 frames a second, times sampled frames / frames: for a video of another rate that is not its seconds.
     """
-    number_of, _ = _classes(annotations)
-    info = _info(annotations, split)
+    number_of, _ = _read_classes(class_index)
+    info = _read_info(video_info)
     videos: dict[str, tuple[int, list[tuple[float, float, int]]]] = {}
-    for row in _rows(annotations, split, number_of):
+    for row in _read_rows(annotations, number_of):
         if row["label"]:
             if row["video"] not in info:
-                raise UserError(f"{annotations / split}_video_info.csv: no line for {row['video']}")
+                raise UserError(f"{video_info}: no line for {row['video']}")
             counts = info[row["video"]]
             ratio = counts["sample_count"] / counts["count"]
             _, frames = videos.setdefault(row["video"], (int(counts["sample_count"]), []))
@@ -115,6 +118,10 @@ def _classes(folder: Path) -> tuple[dict[int, int], tuple[str, ...]]:
     path = next((folder / name for name in names if (folder / name).is_file()), None)
     if path is None:
         raise UserError(f"there is no `{names[0]}` in {folder}")
+    return _read_classes(path)
+
+
+def _read_classes(path: Path) -> tuple[dict[int, int], tuple[str, ...]]:
     pairs = []
     for number, line in numbered_lines(path):
         parts = line.split(maxsplit=1)
@@ -132,9 +139,13 @@ def _rows(folder: Path, split: str, number_of: dict[int, int]) -> Iterator[dict[
     path = _csv_file(folder, split)
     if path is None:
         raise UserError(f"there is no {split}_Annotation.csv in {folder}")
+    return _read_rows(path, number_of)
+
+
+def _read_rows(path: Path, number_of: dict[int, int]) -> Iterator[dict[str, Any]]:
     numbers = ("type_idx", "start", "end", "startFrame", "endFrame")
     for where, row in _table(path, numbers):
-        relative_name(row["video"], folder, where)
+        relative_name(row["video"], path.parent, where)
         if row["type_idx"] and row["type_idx"] not in number_of:
             raise UserError(f"{where}: class number {row['type_idx']:g} is not in the class index file")
         if not 0 <= row["start"] < row["end"] < math.inf:
@@ -145,8 +156,10 @@ def _rows(folder: Path, split: str, number_of: dict[int, int]) -> Iterator[dict[
 def _info(folder: Path, split: str) -> dict[str, dict[str, Any]]:
     """Frame counts and rates by video name: of the file, and of the array made of it; empty without the file."""
     path = folder / f"{split}_video_info.csv"
-    if not path.is_file():
-        return {}
+    return _read_info(path) if path.is_file() else {}
+
+
+def _read_info(path: Path) -> dict[str, dict[str, Any]]:
     videos = {}
     for where, row in _table(path, ("fps", "sample_fps", "count", "sample_count")):
         if min(row["sample_fps"], row["count"], row["sample_count"]) <= 0:
@@ -157,7 +170,11 @@ def _info(folder: Path, split: str) -> dict[str, dict[str, Any]]:
 
 def _table(path: Path, numbers: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows of a CSV file with a column `video` and columns of numbers, each with its place for error messages."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
+    try:
+        file = open(path, encoding="utf-8-sig", newline="")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    with file:
         reader = csv.DictReader(file)
         try:
             for name in ("video", *numbers):

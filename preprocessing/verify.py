@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 import av
-import google_crc32c
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -25,6 +24,7 @@ from .shards import (
     Dataset,
     Payload,
     Video,
+    checksum_of,
     digest_of,
     gop_table,
     is_shard_name,
@@ -177,13 +177,15 @@ def _check_sidecar(file: BinaryIO, member: tarfile.TarInfo | None, expected: byt
 
 
 def _check_payload(video: Video, data: bytes) -> None:
-    if google_crc32c.value(data) != video.crc32c:
+    if checksum_of(data) != video.crc32c:
         raise Corrupt("its checksum does not match the index")
     payload = Payload(io.BytesIO(data), 0)
     payload.size = len(data)
     header, offsets = gop_table(payload.boxes(), len(data))
     if header != video.header_size or offsets != video.gop_offsets.tolist():
         raise Corrupt("its GOP table does not match the payload's fragments")
+    if payload.checksums(offsets) != video.gop_crc32c.tolist():
+        raise Corrupt("the checksums of its header and GOPs do not match the index")
     starts = video.gop_frames.tolist()
     if len(starts) != len(offsets) or starts[0] != 0 or starts[-1] != video.num_frames:
         raise Corrupt("its GOP frame numbers do not match its frames")

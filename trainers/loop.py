@@ -36,7 +36,12 @@ _FREE_KEYS = (
     "keep_checkpoints",
     "tensorboard",
     "data.decoder_threads",
+    "data.pipelines_per_gpu",
     "data.prefetch",
+    "data.read_ahead",
+    "data.cache_dir",
+    "data.cache_gb",
+    "data.retries",
 )
 
 

@@ -38,6 +38,34 @@ def test_an_epochs_order_is_a_permutation_of_its_own(count, seed, epoch):
         assert not np.array_equal(order, plan.epoch_order(count, seed + 1, epoch))
 
 
+@given(st.lists(st.integers(0, 12), max_size=200), st.integers(0, 2**31 - 1), st.integers(0, 100), st.integers(1, 5))
+@settings(max_examples=200, deadline=None)
+def test_block_shuffling_opens_few_shards_at_a_time(shards, seed, epoch, width):
+    shards = np.array(shards, int)
+    order = plan.block_order(shards, seed, epoch, width)
+    assert sorted(order) == list(range(len(shards)))
+    np.testing.assert_array_equal(order, plan.block_order(shards, seed, epoch, width))
+    blocks = []
+    for shard in shards[order]:  # consecutive groups of at most `width` shards, none of which comes back
+        if not blocks or shard not in blocks[-1]:
+            if not blocks or len(blocks[-1]) == width:
+                blocks.append(set())
+            blocks[-1].add(shard)
+    assert sum(map(len, blocks)) == len(set(shards))
+
+
+def test_block_shuffling_mixes_shards_and_what_is_in_them():
+    shards = np.repeat(np.arange(20), 50)
+    orders = [plan.block_order(shards, seed, epoch, 4) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert not np.array_equal(orders[a], orders[b])
+        assert set(shards[orders[a][:200]]) != set(shards[orders[b][:200]])
+    first = shards[orders[0][:50]]
+    assert len(set(first)) == 4 and np.bincount(first).max() < 30
+    # With a window of all shards it is a shuffle of everything.
+    assert len(set(shards[plan.block_order(shards, 0, 0, 20)[:60]])) > 12
+
+
 def test_an_epochs_order_never_changes():
     """Numbers from numpy's own Philox; another order would make old checkpoints resume on other samples."""
     generator = np.random.Generator(np.random.Philox(key=[7, 3], counter=[0, 0, 0, 0]))
@@ -65,7 +93,7 @@ def test_draws_differ_between_rows_and_epochs_and_cover_all_windows():
 
 
 def test_a_short_video_is_played_in_a_loop():
-    np.testing.assert_array_equal(plan.window(3, 5, CONFIG), [3, 0, 2, 4, 1, 3, 0, 2])
+    np.testing.assert_array_equal(plan.window_frames(3, 5, CONFIG), [3, 0, 2, 4, 1, 3, 0, 2])
 
 
 def test_crop_sides_are_scales_of_the_short_side_at_most_one_step_apart():
@@ -85,6 +113,39 @@ def test_corner_crops_are_the_corners_and_the_centre():
     assert places == {(0, 0), (0, 60), (40, 0), (40, 60), (20, 30)}
 
 
+def test_frames_jitter_within_their_stride():
+    config = DataConfig(clip_length=8, stride=4, frame_jitter=3)
+    seen = set()
+    for epoch in range(60):
+        frames = plan.train_sample(config, 0, epoch, 5, 32, 64, 48).frames
+        assert frames.max() < 32 and (np.diff(frames) > 0).all()
+        seen |= set((frames - np.arange(8) * 4 - frames[0]).tolist())
+    assert seen == set(range(-3, 4))
+
+
+def test_without_jitter_the_draws_are_those_of_before():
+    """Crops and flips are drawn before what later options ask for."""
+    plain = plan.train_sample(CONFIG, 0, 3, 9, 60, 64, 48)
+    colourful = CONFIG.model_copy(update={"brightness": 0.4, "hue": 0.1, "frame_jitter": 1})
+    jittered = plan.train_sample(colourful, 0, 3, 9, 60, 64, 48)
+    assert (plain.crop, plain.flip, plain.colour) == (jittered.crop, jittered.flip, None)
+    assert np.isin(jittered.frames - plain.frames, [0, 1]).all()
+
+
+def test_colour_is_drawn_within_its_strengths():
+    config = CONFIG.model_copy(update={"brightness": 0.4, "contrast": 0.2, "saturation": 1.0, "hue": 0.1})
+    drawn = np.array([plan.train_sample(config, 0, 0, row, 60, 64, 48).colour for row in range(500)])
+    for column, (low, high) in enumerate([(0.6, 1.4), (0.8, 1.2), (0, 2), (-0.1, 0.1)]):
+        assert low <= drawn[:, column].min() < low + 0.02 * (high - low)
+        assert high >= drawn[:, column].max() > high - 0.02 * (high - low)
+
+
+@pytest.mark.parametrize(("padding", "frames"), [("loop", [3, 0, 2, 4, 1, 3, 0, 2]), ("black", [3]), ("zero", [3])])
+def test_a_video_that_ends_before_the_clip(padding, frames):
+    config = CONFIG.model_copy(update={"padding": padding})
+    assert plan.window_frames(3, 5, config).tolist() == frames
+
+
 @pytest.mark.parametrize(
     ("frames", "clips", "starts"), [(115, 1, [50]), (115, 2, [25, 75]), (115, 4, [12, 38, 62, 88]), (10, 3, [0, 0, 0])]
 )
@@ -98,6 +159,12 @@ def test_three_crops_are_the_ends_and_the_centre_of_the_long_side():
     assert plan.square_crops(100, 60, 3) == [(0, 0, 60, 60), (0, 20, 60, 80), (0, 40, 60, 100)]
     assert plan.square_crops(60, 100, 3) == [(0, 0, 60, 60), (20, 0, 80, 60), (40, 0, 100, 60)]
     assert plan.square_crops(100, 60, 1) == [(0, 20, 60, 80)]
+
+
+def test_evaluation_crops_may_be_smaller_than_the_short_side():
+    """AFSD's test: the centre 96x96 of 112x112."""
+    assert plan.square_crops(112, 112, 1, 96 / 112) == [(8, 8, 104, 104)]
+    assert plan.square_crops(100, 60, 3, 0.5) == [(15, 0, 45, 30), (15, 35, 45, 65), (15, 70, 45, 100)]
 
 
 def test_noise_belongs_to_the_sample_not_to_the_batch():
