@@ -302,7 +302,8 @@ class Dataset:
             raise Corrupt(f"row {row} of {self.storage}: shard name {video.shard!r} points outside the data set")
         offsets, frames = video.gop_offsets, video.gop_frames
         sound = (
-            video.offset >= 0 and len(offsets) == len(frames) == len(video.gop_crc32c) > 1 and 0 < video.header_size <= offsets[0]
+            video.offset >= 0 and len(offsets) == len(frames) == len(video.gop_crc32c) > 1
+            and 0 < video.header_size == offsets[0]
             and offsets[-1] == video.size and frames[0] == 0 and frames[-1] == video.num_frames
             and bool((np.diff(offsets) > 0).all()) and bool((np.diff(frames) > 0).all())
         )  # fmt: skip
