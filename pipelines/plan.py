@@ -272,8 +272,8 @@ def _colour(random: np.random.Generator, config: DataConfig) -> Colour | None:
     if not config.jitters_colour:
         return None
     strengths = (config.brightness, config.contrast, config.saturation)
-    factors = [float(random.uniform(1 - strength, 1 + strength)) for strength in strengths]
-    return Colour(*factors, float(random.uniform(-config.hue, config.hue)))
+    brightness, contrast, saturation = (float(random.uniform(1 - strength, 1 + strength)) for strength in strengths)
+    return Colour(brightness, contrast, saturation, float(random.uniform(-config.hue, config.hue)))
 
 
 def _orders(config: DataConfig, seed: int, count: int, shards: np.ndarray | None):
