@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import posixpath
+import random
 import shutil
 import socket
 import tempfile
@@ -58,6 +59,15 @@ class Storage(abc.ABC):
         """A file's content. Raises FileNotFoundError."""
 
     @abc.abstractmethod
+    def read_range(self, name: str, start: int, stop: int, retries: int = 0) -> bytes:
+        """Bytes start..stop-1 of a file, fewer where it ends before. retries: further tries of a remote read that
+        fails, after waits that double from 0.2 s to 10 s. Raises FileNotFoundError, UserError when no try succeeds."""
+
+    @abc.abstractmethod
+    def size(self, name: str) -> int | None:
+        """A file's length in bytes; None if there is no such file."""
+
+    @abc.abstractmethod
     def downloaded(self, name: str) -> contextlib.AbstractContextManager[Path]:
         """A file as a local path, for the length of the block. Raises FileNotFoundError."""
 
@@ -104,6 +114,17 @@ class LocalStorage(Storage):
 
     def read(self, name: str) -> bytes:
         return (self.path / name).read_bytes()
+
+    def read_range(self, name: str, start: int, stop: int, retries: int = 0) -> bytes:
+        with open(self.path / name, "rb") as file:
+            file.seek(start)
+            return file.read(stop - start)
+
+    def size(self, name: str) -> int | None:
+        try:
+            return (self.path / name).stat().st_size
+        except FileNotFoundError:
+            return None
 
     @contextlib.contextmanager
     def downloaded(self, name: str) -> Iterator[Path]:
@@ -168,6 +189,25 @@ class RemoteStorage(Storage):
     def read(self, name: str) -> bytes:
         with self._explained():
             return self._fs.cat_file(self._path(name))
+
+    def read_range(self, name: str, start: int, stop: int, retries: int = 0) -> bytes:
+        for attempt in range(retries + 1):
+            try:
+                with self._explained():
+                    return self._fs.cat_file(self._path(name), start=start, end=stop)
+            except UserError:
+                if attempt == retries:
+                    raise
+                # Spread, so that the ranks of a host do not all come back at the same moment.
+                time.sleep(min(10.0, 0.2 * 2**attempt) * random.uniform(0.5, 1.0))
+        raise AssertionError("the last try returns or raises")
+
+    def size(self, name: str) -> int | None:
+        with self._explained():
+            try:
+                return int(self._fs.info(self._path(name))["size"])
+            except FileNotFoundError:
+                return None
 
     @contextlib.contextmanager
     def downloaded(self, name: str) -> Iterator[Path]:

@@ -19,7 +19,7 @@ from ..configs.schema import DataConfig
 from ..errors import UserError
 from ..pipelines import plan
 from ..pipelines.loader import Loader
-from ..pipelines.store import decode_rgb
+from ..pipelines.pyav import decode_rgb
 from ..preprocessing.shards import Dataset
 from .common import compare, shards_of
 

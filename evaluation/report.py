@@ -22,7 +22,8 @@ from ..files import write_atomically
 from ..models.checkpoints import ModelCard, load_recognizer, read_card
 from ..models.recognizer import Recognizer
 from ..pipelines.loader import Loader
-from ..pipelines.store import ClipStore, decode_rgb
+from ..pipelines.pyav import decode_rgb
+from ..pipelines.store import ClipStore
 from ..preprocessing.shards import Dataset, Video
 from ..trainers import metrics
 from . import charts

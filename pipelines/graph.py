@@ -1,8 +1,10 @@
-"""The DALI graph: encoded slices or decoded frames -> crop, resize, flip, normalize -> clips on the device."""
+"""The DALI graph: encoded slices or decoded windows -> crop, resize, flip, colour, normalize, pad -> clips."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from nvidia.dali import fn, pipeline_def, types
@@ -14,72 +16,122 @@ from ..errors import UserError
 
 CPU_CODECS = ("vp8", "vp9", "mjpeg")
 GPU_CODECS = (*CPU_CODECS, "av1", "mpeg4", "h264", "hevc")
+_TYPES = {"float32": types.FLOAT, "float16": types.FLOAT16, "uint8": types.UINT8}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a graph does. encoded: its media are slices that DALI decodes, else windows that are cropped, resized and
+    flipped already; flow: two channels from the halves of a grey frame; colour: it jitters colours; batch: samples at
+    the most."""
+
+    encoded: bool
+    flow: bool
+    colour: bool
+    batch: int
+    threads: int
+
+    @property
+    def inputs(self) -> list[tuple[str, int, object, str]]:
+        """(name, dimensions, type, layout) of what the source gives for a batch: a list each, an entry a sample."""
+        if self.encoded:
+            given = [("media", 1, types.UINT8, ""), ("frames", 1, types.INT32, ""), ("start", 1, types.FLOAT, ""),
+                     ("end", 1, types.FLOAT, ""), ("flip", 0, types.INT32, "")]  # fmt: skip
+        else:
+            given = [("media", 4, types.UINT8, "FHWC")]
+        if self.colour:
+            given += [(name, 0, types.FLOAT, "") for name in ("brightness", "contrast", "saturation", "hue")]
+        return given
 
 
 def choose_decoder(wanted: str, codecs: Collection[str], device: str) -> str:
-    """ "dali" or "pyav" for videos of some codecs and a device ("cpu" or "cuda").
+    """ "dali", "pyav" or "hybrid" for videos of some codecs and a device ("cpu" or "cuda").
 
     Raises UserError where DALI was asked for in vain.
     """
     unknown = sorted(set(codecs).difference(GPU_CODECS if device == "cuda" else CPU_CODECS))
-    possible = not unknown
-    if wanted == "dali" and not possible:
+    if wanted in ("dali", "hybrid") and unknown:
         raise UserError(
-            f"data.decoder: DALI does not decode {', '.join(unknown)} on {device}; use data.decoder=pyav, "
+            f"data.decoder={wanted}: DALI does not decode {', '.join(unknown)} on {device}; use data.decoder=pyav, "
             "or shard with --codec vp9"
         )
-    return "dali" if possible and wanted != "pyav" else "pyav"
+    if wanted == "auto":
+        return "pyav" if unknown else "dali"
+    return wanted
 
 
-def build(
-    source: Callable[[], tuple], config: DataConfig, decoder: str, device: torch.device, batch: int, threads: int
-) -> Pipeline:
-    """A built pipeline whose run() gives one float32 batch (N,T,size,size,3), normalized, on the device.
+def build(source: Callable[[], tuple], config: DataConfig, spec: Spec, device: torch.device) -> Pipeline:
+    """A built pipeline whose run() gives one batch (N,T,size,size,C) of config.dtype on the device.
 
-    source is called once a batch and gives lists, an entry a sample: media (encoded bytes, uint8 1-D, or frames, uint8
-    (T,H,W,3)), crop start (y, x) and end (y, x) float32, flip int32, and for decoder "dali" the frames to decode,
-    (T,) int32. StopIteration ends it.
+    source is called once a batch and gives a list for each of spec.inputs; StopIteration ends it.
     """
     on_gpu = device.type == "cuda"
 
     @pipeline_def(  # type: ignore[call-overload]
-        batch_size=batch,
-        num_threads=threads,
+        batch_size=spec.batch,
+        num_threads=spec.threads,
         device_id=(device.index or 0) if on_gpu else None,
         prefetch_queue_depth=config.prefetch,
         exec_dynamic=True,  # its outputs own their memory, so they can be handed to torch without a copy
     )
     def graph():
-        encoded = decoder == "dali"
-        media, start, end, flip, *frames = fn.external_source(
-            source=source,
-            num_outputs=5 if encoded else 4,
-            batch=True,
-            dtype=[types.UINT8, types.FLOAT, types.FLOAT, types.INT32, types.INT32][: 5 if encoded else 4],
-            ndim=[1 if encoded else 4, 1, 1, 0, 1][: 5 if encoded else 4],
-            layout=["" if encoded else "FHWC", "", "", "", ""][: 5 if encoded else 4],
+        names, ndim, dtypes, layouts = zip(*spec.inputs, strict=True)
+        nodes = fn.external_source(
+            source=source, num_outputs=len(names), batch=True, dtype=list(dtypes), ndim=list(ndim), layout=list(layouts)
         )
-        if encoded:
-            clip: DataNode = fn.decoders.video(media, frames=frames[0], device="mixed" if on_gpu else "cpu")
+        given: dict[str, DataNode] = dict(zip(names, nodes, strict=True))
+        clip: DataNode
+        if spec.encoded:
+            frames = fn.decoders.video(given["media"], frames=given["frames"], device="mixed" if on_gpu else "cpu")
+            clip = _flow_window(frames, given, config, on_gpu) if spec.flow else _window(frames, given, config)
         else:
-            clip = media.gpu() if on_gpu else media
-        clip = fn.resize(
+            clip = given["media"].gpu() if on_gpu else given["media"]
+        if spec.colour:
+            clip = fn.color_twist(
+                clip, brightness=given["brightness"], contrast=given["contrast"], saturation=given["saturation"],
+                hue=given["hue"],
+            )  # fmt: skip
+        if config.padding == "black":
+            clip = _padded(clip, config)
+        clip = fn.crop_mirror_normalize(
             clip,
-            roi_start=start,
-            roi_end=end,
-            size=[config.size, config.size],
-            interp_type=types.INTERP_LINEAR,
-            antialias=True,
-        )
-        return fn.crop_mirror_normalize(
-            clip,
-            mirror=flip,
-            mean=[255 * value for value in config.mean],
-            std=[255 * value for value in config.std],
-            dtype=types.FLOAT,
+            mirror=given["flip"] if spec.encoded and not spec.flow else 0,
+            dtype=_TYPES[config.dtype],
             output_layout="FHWC",
+            **_normalization(config, spec.flow),
         )
+        return _padded(clip, config) if config.padding == "zero" else clip
 
     pipeline = graph()
     pipeline.build()
     return pipeline
+
+
+def _window(frames: DataNode, given: dict[str, DataNode], config: DataConfig) -> DataNode:
+    """The crop of every frame, resized. Antialiased, as a crop may be several times as large as the clip."""
+    return fn.resize(
+        frames, roi_start=given["start"], roi_end=given["end"], size=[config.size, config.size],
+        interp_type=types.INTERP_LINEAR, antialias=True,
+    )  # fmt: skip
+
+
+def _flow_window(frames: DataNode, given: dict[str, DataNode], config: DataConfig, on_gpu: bool) -> DataNode:
+    """x and y from the left and the right half of grey frames as two channels; a flip turns x around too."""
+    grey = fn.slice(frames, 0, 1, axis_names="C")
+    halves = [fn.slice(grey, place, 0.5, axis_names="W") for place in (0.0, 0.5)]
+    x, y = (fn.flip(_window(half, given, config), horizontal=given["flip"]) for half in halves)
+    flip = given["flip"].gpu() if on_gpu else given["flip"]
+    turned = fn.cast(x * (1 - 2 * flip) + 255 * flip, dtype=types.UINT8)
+    return fn.cat(turned, y, axis=-1)
+
+
+def _padded(clip: DataNode, config: DataConfig) -> DataNode:
+    return fn.pad(clip, axis_names="F", shape=[config.clip_length], fill_value=0)
+
+
+def _normalization(config: DataConfig, flow: bool) -> dict[str, Any]:
+    channels = 2 if flow else 3
+    if config.dtype == "uint8":
+        return {"mean": [0.0] * channels, "std": [1.0] * channels}
+    mean, std = (config.flow_mean, config.flow_std) if flow else (config.mean, config.std)
+    return {"mean": [255 * value for value in mean], "std": [255 * value for value in std]}

@@ -5,21 +5,22 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow.compute as pc
+import pyarrow as pa
 import torch
-from nvidia.dali.pipeline import Pipeline
 
 from ..configs.schema import DataConfig
 from ..errors import UserError
 from ..preprocessing.shards import Corrupt, Dataset
-from . import graph, plan
-from .store import ClipStore, decode_rgb, require_readable
+from . import plan
+from .run import Item, Run
+from .stats import Meter
+from .streams import Stream, is_flow, shapes
+from .windows import boundary_targets
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +29,11 @@ log = logging.getLogger(__name__)
 class Batch:
     """One rank's share of a global batch.
 
-    clips: (N,3,T,H,W) float32 in channels_last_3d on the device; labels: (N,) int64 there; ids: (N,) rows of the index
-    on the CPU. count: how many of the N samples are this rank's own; 0 where the batch is too small to give it one (N
-    is then 1, a stand-in that must get no weight). total: samples of the batch over all ranks.
+    clips: (N,C,T,H,W) in channels_last_3d on the device, of config.dtype; C is 3 for RGB, 2 for flow. labels: (N,)
+    int64 there; ids: (N,) rows of the index on the CPU. count: how many of the N samples are this rank's own; 0 where
+    the batch is too small to give it one (N is then 1, a stand-in that must get no weight). total: samples of the
+    batch over all ranks. flow: (N,2,T,H,W), the flow of the same windows, where the loader has a flow data set.
+    windows: for detection.
     """
 
     clips: torch.Tensor
@@ -38,26 +41,28 @@ class Batch:
     ids: torch.Tensor
     count: int
     total: int
+    flow: torch.Tensor | None = None
+    windows: Windows | None = None
 
 
-@dataclass
-class Stats:
-    """What a loader has delivered. wait_s: seconds that its consumer waited for batches."""
+@dataclass(frozen=True)
+class Windows:
+    """Where a batch's windows come from and, in training, what they hold.
 
-    batches: int = 0
-    clips: int = 0
-    wait_s: float = 0.0
-    replaced: int = 0
+    offsets: (N,) int64, each window's first frame, on the CPU; actions: N tensors (A,3) float32, start and end in
+    frames of the window, then the label; boundaries: (N,2,T) float32, 1 where an action starts and where one ends.
+    spliced: clips with a stretch of background moved into an action, flow_spliced the same of the flow; segments:
+    (N,3,2) float32, the action's first part, its second part and the stretch, in frames; has_splice: (N,) bool, false
+    where nothing could be moved: the clip is then unchanged and its segments are 0. All but offsets on the device.
+    """
 
-
-@dataclass
-class _Item:
-    """A sample on its way to the graph; the future gives its media and frame numbers."""
-
-    epoch: int
-    position: int
-    sample: plan.Sample
-    future: Future
+    offsets: torch.Tensor
+    actions: tuple[torch.Tensor, ...] = ()
+    boundaries: torch.Tensor | None = None
+    spliced: torch.Tensor | None = None
+    flow_spliced: torch.Tensor | None = None
+    segments: torch.Tensor | None = None
+    has_splice: torch.Tensor | None = None
 
 
 class Loader:
@@ -65,10 +70,13 @@ class Loader:
 
     training: shuffled epochs of random clips, every video once an epoch; iterating gives the rest of the current epoch
     and moves on to the next. Otherwise one pass over views = (clips, crops) of every video, in key order, views of a
-    video next to each other. batch_size counts clips over all ranks; rows: these rows of the index instead of the whole
-    split. Close it, or use it as a context manager.
-    Raises UserError for a bad split, a missing shard or a decoder that cannot take the codec; while iterating,
-    Corrupt (which names key and shard) for a payload that cannot be decoded, unless config.on_error is "replace".
+    video next to each other. detection: windows of untrimmed videos instead, in training all that hold an action, with
+    targets and splices; else those that cover each video. flow: a flow data set with the same keys, for Batch.flow.
+    batch_size counts clips over all ranks; rows: these rows of the index instead of the whole split. Close it, or use
+    it as a context manager.
+    Raises UserError for a bad split, shards that are missing or not those of the index, a decoder that cannot take the
+    codec, a batch that the ranks cannot share; while iterating, Corrupt (which names key and shard) for a payload that
+    cannot be decoded or whose checksum is wrong, unless config.on_error is "replace".
     """
 
     def __init__(
@@ -85,30 +93,42 @@ class Loader:
         device: str | torch.device = "cpu",
         views: tuple[int, int] = (1, 1),
         rows: np.ndarray | None = None,
+        detection: bool = False,
+        flow: Dataset | None = None,
     ):
         if batch_size < 1 or world_size < 1 or not 0 <= rank < world_size:
             raise UserError(f"batch size {batch_size}, rank {rank}, world size {world_size}: no such share of a batch")
-        if training and batch_size < world_size:
-            raise UserError(f"batch size {batch_size} gives the {world_size} ranks less than one clip each")
+        if training and batch_size % world_size:
+            near = max(1, batch_size // world_size) * world_size
+            raise UserError(f"batch size {batch_size} cannot be shared evenly by {world_size} ranks; use {near}")
         self.dataset, self.config, self.training, self.seed = dataset, config, training, seed
         self.batch_size, self.rank, self.world_size, self.views = batch_size, rank, world_size, views
-        self.device = torch.device(device)
+        self.detection, self.device = detection, torch.device(device)
         self.rows = dataset.rows(split) if rows is None else rows
-        require_readable(dataset, np.unique(dataset.table["shard"].take(self.rows).to_numpy(zero_copy_only=False)))
-        codecs = pc.unique(dataset.table["codec"].take(self.rows)).to_pylist()
-        self.decoder = graph.choose_decoder(config.decoder, codecs, self.device.type)
+        self._refuse_unsuitable(flow)
+        self.plan = self._plan()
+        if training and self.plan.count < world_size:
+            what = "windows with an action" if detection else "videos"
+            raise UserError(
+                f"{dataset.storage} has {self.plan.count} {what} in {split!r}, fewer than {world_size} ranks"
+            )
+        self.meter = Meter()
+        self.streams = [Stream(dataset, self.rows, config, self.device, self.meter)]
+        if flow is not None:
+            self.streams.append(Stream(flow, self.rows, config, self.device, self.meter, of=dataset))
+        self.decoder = self.streams[0].decoder
         self.threads = config.decoder_threads or min(8, len(os.sched_getaffinity(0)))
-        self.stats = Stats()
         self.epoch, self.batch = 0, 0
-        self.store = ClipStore(dataset)
         self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="genkd-decode")
+        remote = any(stream.store.is_remote for stream in self.streams)
+        self.readers = ThreadPoolExecutor(32, thread_name_prefix="genkd-read") if remote else None
         self.bad_rows: set[int] = set()
-        self._run: _Run | None = None
+        self._run: Run | None = None
 
     @property
     def count(self) -> int:
         """Clips of an epoch over all ranks."""
-        return len(self.rows) * (1 if self.training else self.views[0] * self.views[1])
+        return self.plan.count
 
     def __len__(self) -> int:
         return plan.batches_per_epoch(self.count, self.batch_size)
@@ -121,15 +141,18 @@ class Loader:
         self.epoch, self.batch = int(state["epoch"]), int(state["batch"])
         self._drop_run()
 
+    def stats(self) -> dict[str, float]:
+        """Clips, frames and MB a second, decoded frames for each used one, the share of the time that the consumer
+        waited; see stats.Meter."""
+        return self.meter.read_out()
+
     def __iter__(self) -> Iterator[Batch]:
         if not self.training and self.batch >= len(self):
             self.load_state_dict({"epoch": 0, "batch": 0})
         while self.batch < len(self):
             started = time.perf_counter()
             batch = self._next()
-            self.stats.wait_s += time.perf_counter() - started
-            self.stats.batches += 1
-            self.stats.clips += batch.count
+            self.meter.batch(batch.count, batch.count * self.config.clip_length, time.perf_counter() - started)
             self.batch += 1
             if self.training and self.batch == len(self):
                 self.epoch, self.batch = self.epoch + 1, 0
@@ -139,10 +162,13 @@ class Loader:
         self._drop_run()  # an evaluation is over: its memory is free until the next one
 
     def close(self) -> None:
-        """Ends the threads and frees the pipeline's memory."""
+        """Ends the threads and frees the pipelines' memory."""
         self._drop_run()
-        self.pool.shutdown(wait=True, cancel_futures=True)
-        self.store.close()
+        for pool in (self.readers, self.pool):
+            if pool is not None:
+                pool.shutdown(wait=True, cancel_futures=True)
+        for stream in self.streams:
+            stream.store.close()
 
     def __enter__(self) -> Loader:
         return self
@@ -155,43 +181,13 @@ class Loader:
         return plan.rank_positions(batch, self.batch_size, self.count, self.rank, self.world_size)
 
     def sample(self, epoch: int, position: int, skip: int = 0) -> plan.Sample:
-        """The clip at a position of an epoch; skip: of the video that many places later, in training."""
-        if self.training:
-            row = int(self.rows[self._order(epoch)[(position + skip) % len(self.rows)]])
-            video = self._shape(row)
-            return plan.train_sample(self.config, self.seed, epoch, row, *video)
-        views = self.views[0] * self.views[1]
-        row = int(self.rows[position // views])
-        return plan.eval_samples(self.config, row, *self._shape(row), *self.views)[position % views]
-
-    def _shape(self, row: int) -> tuple[int, int, int]:
-        frames, width, height = (int(self.dataset.column(name)[row]) for name in ("num_frames", "width", "height"))
-        return frames, width, height
-
-    def _order(self, epoch: int) -> np.ndarray:
-        if getattr(self, "_order_of", None) != epoch:
-            self._order_of, self._epoch_order = epoch, plan.epoch_order(len(self.rows), self.seed, epoch)
-        return self._epoch_order
-
-    def _next(self) -> Batch:
-        while True:
-            if self._run is None:
-                self._run = _Run(self)
-            try:
-                return self._run.next()
-            except RuntimeError as error:  # DALI's; its pipeline is unusable from here on
-                run, self._run = self._run, None
-                found = run.undecodable()
-                run.close()
-                if not found:
-                    raise UserError(f"the DALI pipeline failed: {_first_line(error)}") from error
-                for row, problem in found.items():
-                    self.bad_payload(row, problem)
+        """The clip at a position of an epoch; skip: of the item that many places later, in training."""
+        return self.plan.sample(epoch, position, skip)
 
     def bad_payload(self, row: int, problem: Corrupt) -> None:
         """Raises Corrupt with the key and shard of a bad payload, or notes that a neighbour takes its place."""
-        video = self.dataset.video(row)
-        message = f"{video.key} in {self.dataset.path / 'shards' / video.shard}: {problem}"
+        key, shard = (self.dataset.table[name][row].as_py() for name in ("key", "shard"))
+        message = f"{key} in {self.dataset.storage}/shards/{shard}: {problem}"
         if not self.training:
             raise Corrupt(f"{message}; an evaluation takes no other video in its place: make the data set again")
         if self.config.on_error == "fail":
@@ -200,108 +196,109 @@ class Loader:
             log.warning("%s; a neighbour in the epoch's order takes its place", message)
             self.bad_rows.add(row)
 
+    def _plan(self) -> plan.Plan:
+        config, dataset, rows, of_all = self.config, self.dataset, self.rows, shapes(self.dataset)
+        shards = None
+        if self.training and config.shuffle_shards:
+            shards = dataset.table["shard"].combine_chunks().dictionary_encode().indices.to_numpy()
+        if not self.detection:
+            if self.training:
+                return plan.TrainingClips(config, self.seed, rows, of_all, shards)
+            return plan.EvaluationClips(config, rows, of_all, self.views)
+        if not self.training:
+            return plan.EvaluationWindows(config, rows, of_all)
+        fps = dataset.column("fps")[rows]
+        annotations = dataset.table["annotations"].take(pa.array(rows)).to_pylist()
+        actions = [
+            [(entry["start_s"] * rate, entry["end_s"] * rate, entry["label"]) for entry in own]
+            for own, rate in zip(annotations, fps.tolist(), strict=True)
+        ]
+        return plan.TrainingWindows(config, self.seed, rows, of_all, shards, actions)
+
+    def _refuse_unsuitable(self, flow: Dataset | None) -> None:
+        config, storage = self.config, self.dataset.storage
+        if flow is not None and (not is_flow(flow) or is_flow(self.dataset)):
+            raise UserError(f"a pair is an RGB data set and a flow data set, not {storage} and {flow.storage}")
+        if is_flow(self.dataset) and config.jitters_colour:
+            raise UserError(
+                f"{storage} holds flow, which has no colour; set brightness, contrast, saturation, hue to 0"
+            )
+        if self.detection and (config.stride != 1 or config.frame_jitter):
+            raise UserError(f"windows have every frame: set data.stride=1, not {config.stride}, and no frame_jitter")
+        if self.detection and self.views != (1, 1):
+            raise UserError(f"windows have one view each, not {self.views[0]} clips and {self.views[1]} crops")
+        frames = self.dataset.num_frames[self.rows]
+        needed = (config.clip_length - 1) * config.stride + 1
+        short = int((frames < needed).sum())
+        if short and config.padding == "fail":
+            row = int(self.rows[int(frames.argmin())])
+            raise UserError(
+                f"{short} videos of {storage} are shorter than a clip of {needed} frames, e.g. "
+                f"{self.dataset.table['key'][row].as_py()} with {frames.min()}; lower data.clip_length or data.stride, "
+                "or say with data.padding how to fill clips up"
+            )
+        if short and self.rank == 0:
+            how = "played in a loop" if config.padding == "loop" else "filled up"
+            log.info("%d of %d videos are shorter than a clip of %d frames and are %s", short, len(frames), needed, how)
+
+    def _next(self) -> Batch:
+        while True:
+            if self._run is None:
+                self._run = Run(self)
+            try:
+                outputs, items, count, total = self._run.next()
+                return self._batch(outputs, items, count, total)
+            except RuntimeError as error:  # DALI's; its pipeline is unusable from here on
+                run, self._run = self._run, None
+                found = run.undecodable()
+                run.close()
+                if not found:
+                    raise UserError(f"the DALI pipeline failed: {_first_line(error)}") from error
+                for row, problem in found.items():
+                    self.bad_payload(row, problem)
+            except BaseException:
+                self._drop_run()  # its lanes no longer stand at the same batch
+                raise
+
+    def _batch(self, outputs: list[torch.Tensor], items: list[Item], count: int, total: int) -> Batch:
+        """outputs: of each stream, (N,T,H,W,C)."""
+        samples = [item.sample for item in items]
+        ids = torch.tensor([sample.row for sample in samples])
+        labels = torch.from_numpy(self.dataset.labels[ids.numpy()].astype(np.int64))
+        clips, *flow = (output.permute(0, 4, 1, 2, 3) for output in outputs)
+        return Batch(
+            clips, labels.to(self.device, non_blocking=True), ids, count, total, flow[0] if flow else None,
+            self._windows(samples, outputs) if self.detection else None,
+        )  # fmt: skip
+
+    def _windows(self, samples: list[plan.Sample], outputs: list[torch.Tensor]) -> Windows:
+        windows = [sample.window for sample in samples if sample.window is not None]
+        offsets = torch.tensor([window.offset for window in windows])
+        if not self.training:
+            return Windows(offsets)
+        length = self.config.clip_length
+        order = np.tile(np.arange(length), (len(samples), 1))
+        segments, has_splice = np.zeros((len(samples), 3, 2), np.float32), np.zeros(len(samples), bool)
+        for number, sample in enumerate(samples):
+            if sample.splice is not None:
+                order[number], segments[number], has_splice[number] = *sample.splice, True
+        boundaries = np.stack([boundary_targets(window.actions, length) for window in windows])
+        picked = torch.arange(len(samples), device=self.device)[:, None], torch.from_numpy(order).to(self.device)
+        clips, *flow = (output[picked].permute(0, 4, 1, 2, 3) for output in outputs)
+        return Windows(
+            offsets,
+            tuple(torch.tensor(window.actions, dtype=torch.float32, device=self.device) for window in windows),
+            torch.from_numpy(boundaries).to(self.device, torch.float32),
+            clips,
+            flow[0] if flow else None,
+            torch.from_numpy(segments).to(self.device),
+            torch.from_numpy(has_splice).to(self.device),
+        )
+
     def _drop_run(self) -> None:
         if self._run is not None:
             self._run.close()
         self._run = None
-
-
-class _Run:
-    """One DALI pipeline and the samples on their way through it, from the loader's current place on."""
-
-    def __init__(self, loader: Loader):
-        self._loader = loader
-        self._place: tuple[int, int] | None = (loader.epoch, loader.batch)
-        self._ahead: deque = deque()  # batches whose samples are being read
-        self._inside: deque = deque()  # batches that the pipeline has
-        share = -(-loader.batch_size // loader.world_size)
-        self._pipeline: Pipeline | None = graph.build(
-            self._feed, loader.config, loader.decoder, loader.device, share, loader.threads
-        )
-        self._fill()
-
-    def next(self) -> Batch:
-        stream = torch.cuda.current_stream(self._loader.device) if self._loader.device.type == "cuda" else None
-        assert self._pipeline is not None, "a closed run gives no more batches"
-        (output,) = self._pipeline.run(stream)
-        clips = torch.from_dlpack(output.as_tensor())  # (N,T,H,W,3)
-        items, count, total = self._inside.popleft()
-        ids = torch.tensor([item.sample.row for item in items])
-        labels = torch.from_numpy(self._loader.dataset.labels[ids.numpy()].astype(np.int64))
-        return Batch(clips.permute(0, 4, 1, 2, 3), labels.to(self._loader.device, non_blocking=True), ids, count, total)
-
-    def close(self) -> None:
-        """Takes back the reads that have not begun, and frees the pipeline, which holds a reference to this object."""
-        self._pipeline = None
-        for items, *_ in self._ahead:
-            for item in items:
-                item.future.cancel()
-
-    def undecodable(self) -> dict[int, Corrupt]:
-        """Rows inside the pipeline that PyAV cannot decode either, with what it says."""
-        found: dict[int, Corrupt] = {}
-        for items, *_ in self._inside:
-            for item in items:
-                try:
-                    self._media(item.sample, "pyav")
-                except Corrupt as problem:
-                    found[item.sample.row] = problem
-        return found
-
-    def _feed(self) -> tuple:
-        self._fill()
-        if not self._ahead:
-            raise StopIteration
-        batch = self._ahead.popleft()
-        self._fill()
-        items = batch[0]
-        media, frames = zip(*[self._resolve(item) for item in items], strict=True)
-        self._inside.append(batch)
-        crops = np.array([item.sample.crop for item in items], np.float32)
-        flips = [np.array(item.sample.flip, np.int32) for item in items]
-        given = (list(media), list(crops[:, :2]), list(crops[:, 2:]), flips)
-        # PyAV has already picked the frames.
-        return (*given, list(frames)) if self._loader.decoder == "dali" else given
-
-    def _fill(self) -> None:
-        loader = self._loader
-        while len(self._ahead) < loader.config.prefetch and self._place is not None:
-            epoch, batch = self._place
-            positions, total = loader.positions(batch)
-            items = [self._submit(epoch, position) for position in positions or [batch * loader.batch_size]]
-            self._ahead.append((items, len(positions), total))
-            self._place = self._after(epoch, batch)
-
-    def _after(self, epoch: int, batch: int) -> tuple[int, int] | None:
-        if batch + 1 < len(self._loader):
-            return epoch, batch + 1
-        return (epoch + 1, 0) if self._loader.training else None
-
-    def _submit(self, epoch: int, position: int, skip: int = 0) -> _Item:
-        sample = self._loader.sample(epoch, position, skip)
-        return _Item(epoch, position, sample, self._loader.pool.submit(self._media, sample, self._loader.decoder))
-
-    def _resolve(self, item: _Item) -> tuple[np.ndarray, np.ndarray]:
-        """The sample's media; a bad payload is replaced by the next readable one of the epoch's order, if allowed."""
-        loader, skip = self._loader, 0
-        while True:
-            if item.sample.row not in loader.bad_rows:
-                try:
-                    return item.future.result()
-                except Corrupt as problem:
-                    loader.bad_payload(item.sample.row, problem)
-            skip += 1
-            if skip == len(loader.rows):
-                raise Corrupt(f"no video of {loader.dataset.path} can be decoded")
-            replacement = self._submit(item.epoch, item.position, skip)
-            item.sample, item.future = replacement.sample, replacement.future
-            loader.stats.replaced += 1
-
-    def _media(self, sample: plan.Sample, decoder: str) -> tuple[np.ndarray, np.ndarray]:
-        video = self._loader.dataset.video(sample.row)
-        data, base = self._loader.store.read(video, int(sample.frames.min()), int(sample.frames.max()))
-        frames = (sample.frames - base).astype(np.int32)
-        return (decode_rgb(data, frames), frames) if decoder == "pyav" else (data, frames)
 
 
 def _first_line(error: Exception) -> str:

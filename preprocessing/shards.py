@@ -184,7 +184,7 @@ def gop_table(boxes: list[tuple[str, int, int]], size: int) -> tuple[int, list[i
     return offsets[0], [*offsets, size]
 
 
-def checksum_of(data: bytes) -> int:
+def checksum_of(data: bytes | np.ndarray) -> int:
     """CRC-32C (Castagnoli, RFC 3720)."""
     return int(google_crc32c.value(data))
 

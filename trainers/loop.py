@@ -82,8 +82,8 @@ class _Trainer:
         if config.eval_every:
             if config.data.eval_split not in dataset.info["splits"]:
                 raise UserError(
-                    f"{dataset.path} has no split {config.data.eval_split!r} to evaluate on: shard with --test-fold, "
-                    "name another with data.eval_split, or set eval_every=0"
+                    f"{dataset.storage} has no split {config.data.eval_split!r} to evaluate on: shard with "
+                    "--test-fold, name another with data.eval_split, or set eval_every=0"
                 )
             self.eval_loader = self._loader(config.data.eval_split, training=False)
         phase.place(place)
@@ -125,7 +125,7 @@ class _Trainer:
         values = self.meter.take()
         self._refuse_divergence(values)
         values["lr"] = self.stepper.optimizers["recognizer"].param_groups[0]["lr"]
-        waited = self.loader.stats.wait_s
+        waited = self.loader.meter.wait_s
         values |= self.clock.read(self.step, self._clips, waited - self._waited)
         self._clips, self._waited = 0, waited
         if metrics:
@@ -172,7 +172,7 @@ class _Trainer:
             return
         if state["index_digest"] != self.dataset.info["index_digest"]:
             raise UserError(
-                f"{self.dataset.path} is not the data set that {self.run} was begun with; use another --out"
+                f"{self.dataset.storage} is not the data set that {self.run} was begun with; use another --out"
             )
         for name, module in self.phase.modules.items():
             module.load_state_dict(state["modules"][name])

@@ -3,7 +3,8 @@ import io
 import numpy as np
 import pytest
 
-from genkd.pipelines.store import ClipStore, decode_rgb
+from genkd.pipelines.pyav import decode_rgb
+from genkd.pipelines.store import ClipStore
 from genkd.preprocessing.shards import Corrupt
 from genkd.preprocessing.video import decode_frames
 

@@ -1,0 +1,133 @@
+"""Stream: one data set's part of every sample, from its bytes to what the graph takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from ..configs.schema import DataConfig
+from ..errors import UserError
+from ..preprocessing.shards import Dataset, Video
+from . import graph
+from .cache import BlockCache
+from .plan import Colour, Sample, Shapes
+from .pyav import decode_clip
+from .stats import Meter
+from .store import ClipStore, Slice, require_readable
+
+_NO_JITTER = Colour(1.0, 1.0, 1.0, 0.0)
+
+
+class Media(NamedTuple):
+    """A sample for the graph: an encoded slice (uint8 1-D) with frame numbers in it and crop, or a finished window."""
+
+    media: np.ndarray
+    frames: np.ndarray
+    crop: tuple[float, float, float, float]
+
+
+class Stream:
+    """A data set whose clips are read, and decoded as `decoder` says ("dali", "pyav" or "hybrid").
+
+    rows: those of the index that will be read; of: the data set whose rows and pictures samples speak of, where that
+    is another one; videos are matched by key, and crops scaled to their size. Raises UserError for videos that are
+    missing or have other lengths, missing shards, and codecs that the decoder cannot take.
+    """
+
+    def __init__(
+        self, dataset: Dataset, rows: np.ndarray, config: DataConfig, device: torch.device, meter: Meter,
+        of: Dataset | None = None,
+    ):  # fmt: skip
+        self.dataset, self.config, self._meter = dataset, config, meter
+        self.is_flow = is_flow(dataset)
+        self._row_of = None if of is None else _matched(of, dataset, rows)
+        own = rows if self._row_of is None else self._row_of[rows]
+        self._scale = None if of is None else (shapes(of), shapes(dataset))
+        require_readable(dataset, own)
+        codecs = pc.unique(dataset.table["codec"].take(pa.array(own))).to_pylist()
+        self.decoder = graph.choose_decoder(config.decoder, codecs, device.type)
+        cache = BlockCache(Path(config.cache_dir), int(config.cache_gb * 1e9)) if config.cache_dir else None
+        self.store = ClipStore(dataset, cache, config.retries)
+        self.jitters_colour = config.jitters_colour and not self.is_flow
+
+    def video(self, sample: Sample) -> Video:
+        """The row of this data set that a sample is about."""
+        return self.dataset.video(self._row(sample))
+
+    def read(self, sample: Sample) -> Slice:
+        """The bytes that hold a sample's frames."""
+        return self.store.read(self.video(sample), int(sample.frames.min()), int(sample.frames.max()))
+
+    def prepare(self, sample: Sample, part: Slice, encoded: bool) -> Media:
+        """What the graph takes. Raises Corrupt if a frame cannot be decoded."""
+        frames = (sample.frames - part.base).astype(np.int32)
+        self._meter.media(part.data.nbytes, int(frames.max()) + 1, len(frames))
+        crop = self._crop(sample)
+        if encoded:
+            return Media(part.data, frames, crop)
+        window = (round(crop[0]), round(crop[1]), max(round(crop[2]), 1), max(round(crop[3]), 1))
+        clip = decode_clip(part.data, frames, window, self.config.size, flip=sample.flip, flow=self.is_flow)
+        return Media(clip, frames, crop)
+
+    def feed(self, samples: list[Sample], media: list[Media], encoded: bool) -> tuple[list, ...]:
+        """The lists that graph.Spec.inputs names, for the samples of a batch."""
+        given: tuple[list, ...] = ([entry.media for entry in media],)
+        if encoded:
+            crops = np.array([entry.crop for entry in media], np.float32)
+            flips = [np.array(sample.flip, np.int32) for sample in samples]
+            given += ([entry.frames for entry in media], list(crops[:, :2]), list(crops[:, 2:]), flips)
+        if self.jitters_colour:
+            colours = np.array([sample.colour or _NO_JITTER for sample in samples], np.float32)
+            colours[:, 3] *= 360  # DALI turns hue by degrees
+            given += tuple(list(column) for column in colours.T)
+        return given
+
+    def _row(self, sample: Sample) -> int:
+        return sample.row if self._row_of is None else int(self._row_of[sample.row])
+
+    def _crop(self, sample: Sample) -> tuple[float, float, float, float]:
+        if self._scale is None:
+            return sample.crop
+        (_, width, height), (_, own_width, own_height) = (
+            side.of(row) for side, row in zip(self._scale, (sample.row, self._row(sample)), strict=True)
+        )
+        x, y = own_width / width, own_height / height
+        top, left, bottom, right = sample.crop
+        return top * y, left * x, bottom * y, right * x
+
+
+def is_flow(dataset: Dataset) -> bool:
+    """Whether a data set's frames are optical flow, x and y side by side."""
+    return dataset.info.get("modality") == "flow"
+
+
+def shapes(dataset: Dataset) -> Shapes:
+    """Frames, width and height of the pictures of every row; a flow frame holds two pictures."""
+    width = dataset.column("width")
+    return Shapes(dataset.num_frames, width // 2 if is_flow(dataset) else width, dataset.column("height"))
+
+
+def _matched(of: Dataset, dataset: Dataset, rows: np.ndarray) -> np.ndarray:
+    """The row of `dataset` with the key of each row of `of`, -1 for none; all of `rows` have one of equal length."""
+    found = pc.index_in(of.table["key"], value_set=dataset.table["key"].combine_chunks())
+    row_of = found.fill_null(-1).to_numpy().astype(np.int64)
+    missing = rows[row_of[rows] < 0]
+    if len(missing):
+        key = of.table["key"][int(missing[0])].as_py()
+        raise UserError(
+            f"{dataset.storage} lacks {len(missing)} of the {len(rows)} videos of {of.storage}, e.g. {key}; make both "
+            "from the same sources, the flow by `genkd flow`"
+        )
+    other = rows[of.num_frames[rows] != dataset.num_frames[row_of[rows]]]
+    if len(other):
+        row = int(other[0])
+        raise UserError(
+            f"{of.table['key'][row].as_py()} has {of.num_frames[row]} frames in {of.storage}, but "
+            f"{dataset.num_frames[row_of[row]]} in {dataset.storage}; make the flow of that data set by `genkd flow`"
+        )
+    return row_of
