@@ -76,6 +76,36 @@ def verify(dataset: str | Path, workers: int, as_json: bool) -> None:
 
 @click.command()
 @click.argument("dataset", type=PLACE)
+@click.option("--key", required=True, help="The video, as the index names it.")
+@click.option("--config", "source", default="ucf101", show_default=True, help="A preset's name or a YAML file.")
+@click.option("--phase", type=click.Choice(["teacher", "representation", "distill"]), default="teacher",
+              show_default=True, help="Whose settings of the configuration.")  # fmt: skip
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**31 - 1), help="The training run's.")
+@click.option("--epoch", "epochs", type=click.IntRange(1), multiple=True, help="Repeatable  [default: 1, 2, 3]")
+@click.option("--out", type=FOLDER, default="clips.png", show_default=True, help="PNG file to write.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was drawn as JSON.")
+@click.argument("overrides", nargs=-1)
+@examples(
+    "genkd show data/ucf101 --key v_Archery_g01_c01 --epoch 1 --epoch 7\n"
+    "genkd show data/ucf101 --key v_Archery_g01_c01 --seed 3 data.size=112 data.brightness=0.4 data.hue=0.1"
+)
+def show(dataset: str | Path, key: str, source: str, phase: str, seed: int, epochs: tuple[int, ...], out: Path,
+         as_json: bool, overrides: tuple[str, ...]) -> None:  # fmt: skip
+    """Draw the clips that a training run sees of one video, before and after augmentation, on a contact sheet.
+
+    OVERRIDES are key=value pairs over the configuration, as for `genkd train`.
+    """
+    from .configs.load import load
+    from .pipelines.show import contact_sheet
+    from .preprocessing.shards import Dataset
+
+    config = load(source, phase, overrides).data
+    drawn = contact_sheet(Dataset.open(dataset), config, key, out, seed=seed, epochs=epochs or (1, 2, 3))
+    click.echo(json.dumps(drawn, indent=2) if as_json else f"{out}: {len(drawn)} clips of {key}")
+
+
+@click.command()
+@click.argument("dataset", type=PLACE)
 @click.argument("out", type=PLACE)
 @click.option(
     "--method",
@@ -275,4 +305,4 @@ def _show_rejected(done) -> None:
             click.echo(f"  {entry.path}: {entry.stage}: {entry.reason}")
 
 
-COMMANDS = (synth, shard, inspect, verify, flow, frames, lists, npy, export_parquet)
+COMMANDS = (synth, shard, inspect, verify, show, flow, frames, lists, npy, export_parquet)

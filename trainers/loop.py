@@ -128,6 +128,11 @@ class _Trainer:
         waited = self.loader.meter.wait_s
         values |= self.clock.read(self.step, self._clips, waited - self._waited)
         self._clips, self._waited = 0, waited
+        stats = self.loader.stats()
+        values |= {
+            "frames_per_s": values["clips_per_s"] * self.config.data.clip_length,
+            **{name: stats[name] for name in ("decoded_per_used", "read_mb_per_s")},
+        }
         if metrics:
             metrics.write("train", self.step, {"epoch": epoch, **values})
             self.say(console_line(epoch, self.config.epochs, self.step, self.total_steps, values))

@@ -1,9 +1,11 @@
 import gc
+import itertools
 import json
 import os
 import shutil
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ from genkd.errors import UserError
 from genkd.pipelines.loader import Loader
 from genkd.pipelines.pyav import decode_rgb
 from genkd.pipelines.store import ClipStore
-from genkd.preprocessing.shards import Corrupt, Dataset
+from genkd.preprocessing.shards import Corrupt, Dataset, checksum_of
 
 CONFIG = DataConfig(clip_length=8, stride=2, size=32, scales=(1.0, 0.75))
 
@@ -139,9 +141,12 @@ def test_replayed_epochs_give_the_same_pixels(data):
 
 @pytest.fixture
 def spoiled(shard_sets, tmp_path):
-    """codec -> a copy of the data set in which one training video's payload is noise, and that row."""
+    """A copy of the data set in which one training video's payload is noise, and that row.
 
-    def make(codec):
+    sums: the index has the noise's checksums, so that only decoding finds it.
+    """
+
+    def make(codec, sums=False):
         shutil.copytree(shard_sets(codec).path, tmp_path / codec)
         dataset = Dataset.open(tmp_path / codec)
         video = dataset.video(int(dataset.rows("train")[4]))
@@ -150,23 +155,36 @@ def spoiled(shard_sets, tmp_path):
         noise = np.random.default_rng(0).integers(0, 256, video.size - video.header_size - 200, np.uint8).tobytes()
         content[video.offset + video.header_size + 200 : video.offset + video.size] = noise
         path.write_bytes(content)
+        if sums:
+            payload = content[video.offset : video.offset + video.size]
+            bounds = [0, *video.gop_offsets.tolist()]
+            lists = dataset.table["gop_crc32c"].to_pylist()
+            lists[video.row] = [checksum_of(bytes(payload[a:b])) for a, b in itertools.pairwise(bounds)]
+            column = dataset.table.schema.names.index("gop_crc32c")
+            dataset.table = dataset.table.set_column(
+                column, "gop_crc32c", pa.array(lists, pa.list_(pa.uint32()))
+            ).combine_chunks()
         return dataset, video
 
     return make
 
 
-@pytest.mark.parametrize("codec", ["h264", "vp9"])
-def test_a_corrupt_payload_stops_the_run_with_key_and_shard(spoiled, codec):
-    dataset, video = spoiled(codec)
+BAD = [("h264", False), ("h264", True), ("vp9", False), ("vp9", True)]
+
+
+@pytest.mark.parametrize(("codec", "sums"), BAD)
+def test_a_corrupt_payload_stops_the_run_with_key_and_shard(spoiled, codec, sums):
+    dataset, video = spoiled(codec, sums)
     with loader(dataset) as batches, pytest.raises(Corrupt) as caught:
         list(batches)
     assert video.key in str(caught.value) and video.shard in str(caught.value)
     assert "data.on_error=replace" in str(caught.value)
+    assert ("checksum" in str(caught.value)) != sums
 
 
-@pytest.mark.parametrize("codec", ["h264", "vp9"])
-def test_a_corrupt_payload_is_replaced_by_its_neighbour_on_demand(spoiled, codec, caplog):
-    dataset, video = spoiled(codec)
+@pytest.mark.parametrize(("codec", "sums"), BAD)
+def test_a_corrupt_payload_is_replaced_by_its_neighbour_on_demand(spoiled, codec, sums, caplog):
+    dataset, video = spoiled(codec, sums)
     config = CONFIG.model_copy(update={"on_error": "replace"})
     with loader(dataset, config=config) as batches:
         order = [batches.sample(0, position).row for position in range(10)]
@@ -177,6 +195,64 @@ def test_a_corrupt_payload_is_replaced_by_its_neighbour_on_demand(spoiled, codec
     want[place] = order[(place + 1) % 10]
     assert got == want
     assert video.key in caplog.text
+
+
+def test_an_epoch_can_be_gone_on_with_after_a_corrupt_payload(spoiled):
+    """What raised is raised again; nothing hangs, and the batches before it come as they are."""
+    dataset, video = spoiled("vp9")
+    with loader(dataset, batch_size=2) as batches:
+        place = [batches.sample(0, position).row for position in range(10)].index(video.row)
+        for _ in range(2):
+            batches.load_state_dict({"epoch": 0, "batch": 0})
+            got = 0
+            with pytest.raises(Corrupt):
+                for batch in batches:
+                    got += batch.count
+            assert got <= place
+            with pytest.raises(Corrupt):
+                list(batches)
+
+
+def test_a_data_set_without_any_good_video_ends_with_a_sentence(data, tmp_path):
+    shutil.copytree(data.path, tmp_path / "data")
+    dataset = Dataset.open(tmp_path / "data")
+    for row in dataset.rows("train"):
+        video = dataset.video(int(row))
+        with open(tmp_path / "data" / "shards" / video.shard, "r+b") as file:
+            file.seek(video.offset + 50)  # in the header, which every clip needs
+            file.write(b"damaged")
+    config = CONFIG.model_copy(update={"on_error": "replace"})
+    with pytest.raises(Corrupt, match=r"no video of .* can be decoded"):
+        with loader(dataset, config=config) as batches:
+            list(batches)
+
+
+def test_shards_that_are_not_those_of_the_index_are_refused_before_work(data, tmp_path):
+    def copy(name):
+        shutil.copytree(data.path, tmp_path / name)
+        return sorted((tmp_path / name / "shards").glob("train-*.tar"))
+
+    first, *_ = copy("cut")
+    with open(first, "r+b") as file:
+        file.truncate(first.stat().st_size - 4096)
+    with pytest.raises(
+        UserError, match=r"shard train-00000\.tar of .* has \d+ bytes, the index needs \d+: it is cut off"
+    ):
+        loader(Dataset.open(tmp_path / "cut"))
+    first, second, *_ = copy("mixed")
+    shutil.copy(second, first)
+    with pytest.raises(UserError, match=r"train-00000\.tar .*(different versions|cut off)"):
+        loader(Dataset.open(tmp_path / "mixed"))
+
+
+def test_clips_longer_than_their_videos(data, caplog):
+    long = CONFIG.model_copy(update={"clip_length": 32})
+    caplog.set_level("INFO")
+    with loader(data, config=long):
+        assert "10 of 10 videos are shorter than a clip of 63 frames and are played in a loop" in caplog.text
+    refusing = long.model_copy(update={"padding": "fail"})
+    with pytest.raises(UserError, match=r"10 videos of .* are shorter than a clip of 63 frames, e\.g\. .* with 40"):
+        loader(data, config=refusing)
 
 
 def test_bad_requests_are_refused_before_work(data, shard_sets, tmp_path):
@@ -226,19 +302,37 @@ def test_copied_sources_of_several_codecs_are_loaded_together(shard_sets, tmp_pa
             assert torch.equal(clip, plain[row_of[keys[row][2:]]])
 
 
-def test_closing_ends_threads(data):
-    def threads():
+def test_fifty_loaders_leave_no_threads_and_no_memory(data):
+    def resources():
         gc.collect()
-        return len(os.listdir("/proc/self/task"))
+        with open("/proc/self/statm") as file:
+            return len(os.listdir("/proc/self/task")), int(file.read().split()[1]) * 4096
 
-    with loader(data) as batches:
-        next(iter(batches))
-    before = threads()
-    for _ in range(10):
-        with loader(data) as batches:
+    for number in range(50):
+        with loader(data, batch_size=2) as batches:
             next(iter(batches))
-    del batches
-    assert threads() <= before + 1
+        del batches
+        if number == 9:
+            threads, memory = resources()
+    threads_after, memory_after = resources()
+    assert threads_after <= threads + 1
+    assert memory_after - memory < 40e6  # one loader's buffers alone are larger than a fortieth of that
+
+
+def test_stats_count_what_was_read_and_decoded(shard_sets):
+    """MJPEG has a GOP a frame: for 8 frames at stride 2, 15 are read and decoded."""
+    with loader(shard_sets("mjpeg")) as batches:
+        assert batches.stats()["clips"] == 0
+        list(batches)
+        batches.close()
+        stats = batches.stats()
+    assert (stats["batches"], stats["clips"], stats["replaced"]) == (3, 10, 0)
+    assert stats["decoded_per_used"] == 15 / 8
+    assert 0 < stats["wait_s"] <= stats["seconds"] and 0 < stats["wait_share"] <= 1
+    assert 0 < stats["first_batch_s"] <= stats["seconds"]
+    np.testing.assert_allclose(stats["frames_per_s"], 8 * stats["clips_per_s"])
+    sizes = [video.size for video in (shard_sets("mjpeg").video(int(row)) for row in shard_sets("mjpeg").rows("train"))]
+    assert sum(sizes) * 15 / 40 < stats["read_mb"] * 1e6  # the second epoch was begun ahead
 
 
 @pytest.mark.gpu

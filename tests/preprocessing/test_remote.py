@@ -6,12 +6,10 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
 
 import fsspec
 import numpy as np
@@ -27,39 +25,6 @@ from genkd.preprocessing.video import VideoSettings
 from genkd.storage import RemoteStorage, storage_at
 
 SETTINGS = VideoSettings("mjpeg", short_side=48)
-
-
-@pytest.fixture(scope="module")
-def bucket():
-    """The URL of an empty bucket, and the environment that leads to it."""
-    for package in ("moto.server", "s3fs"):
-        pytest.importorskip(package, reason=f"needs {package}")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-c", "from moto.server import main; main()", "-H", "127.0.0.1", "-p", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    patch = pytest.MonkeyPatch()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
-    }.items():  # fmt: skip
-        patch.setenv(name, value)
-    try:
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/moto-api/", timeout=1).close()
-                break
-            except OSError:
-                assert process.poll() is None and time.monotonic() < deadline, "the S3 server does not start"
-                time.sleep(0.2)
-        fsspec.filesystem("s3").mkdir("bucket")
-        yield "s3://bucket"
-    finally:
-        patch.undo()
-        process.kill()
-        process.wait()
 
 
 @pytest.fixture(scope="module")

@@ -287,13 +287,13 @@ main()
 
 
 def test_two_ranks_reach_the_weights_of_one(tiny, data, tmp_path):
-    """Batches of 5, 5 shared as 2 and 3. Batch norm and dropout are in eval mode, as their statistics and masks are a
+    """Batches of 4, 4 and 2. Batch norm and dropout are in eval mode, as their statistics and masks are a
     rank's own."""
     (tmp_path / "main.py").write_text(EVAL_MODE)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for world_size in (1, 2):
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
-        options = ["batch_size=5", "eval_every=0", "optimizer={name: sgd, lr: 0.01}"]
+        options = ["batch_size=4", "eval_every=0", "optimizer={name: sgd, lr: 0.01}"]
         arguments = command(tiny, data, tmp_path / f"run{world_size}", "representation", *options)[3:]
         done = subprocess.run(
             [*launch, str(tmp_path / "main.py"), *arguments],
