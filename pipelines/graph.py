@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from nvidia.dali import fn, pipeline_def, types
@@ -16,7 +15,7 @@ from ..errors import UserError
 
 CPU_CODECS = ("vp8", "vp9", "mjpeg")
 GPU_CODECS = (*CPU_CODECS, "av1", "mpeg4", "h264", "hevc")
-_TYPES = {"float32": types.FLOAT, "float16": types.FLOAT16, "uint8": types.UINT8}
+_TYPES = {"float32": types.FLOAT, "float16": types.FLOAT16}
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,15 @@ def build(source: Callable[[], tuple], config: DataConfig, spec: Spec, device: t
     def graph():
         names, ndim, dtypes, layouts = zip(*spec.inputs, strict=True)
         nodes = fn.external_source(
-            source=source, num_outputs=len(names), batch=True, dtype=list(dtypes), ndim=list(ndim), layout=list(layouts)
+            source=source,
+            num_outputs=len(names),
+            batch=True,
+            dtype=list(dtypes),
+            ndim=list(ndim),
+            layout=list(layouts),
+            # Windows are large, and stay as they are until run() has returned what was made of them. On a GPU the copy
+            # is into pinned memory; and what leaves the graph unchanged must not be the source's own memory.
+            no_copy=not spec.encoded and not on_gpu and config.dtype != "uint8",
         )
         given: dict[str, DataNode] = dict(zip(names, nodes, strict=True))
         clip: DataNode
@@ -93,12 +100,17 @@ def build(source: Callable[[], tuple], config: DataConfig, spec: Spec, device: t
             )  # fmt: skip
         if config.padding == "black":
             clip = _padded(clip, config)
+        mirror = given["flip"] if spec.encoded and not spec.flow else None
+        if config.dtype == "uint8":
+            return clip if mirror is None else fn.flip(clip, horizontal=mirror)
+        mean, std = (config.flow_mean, config.flow_std) if spec.flow else (config.mean, config.std)
         clip = fn.crop_mirror_normalize(
             clip,
-            mirror=given["flip"] if spec.encoded and not spec.flow else 0,
+            mirror=0 if mirror is None else mirror,
+            mean=[255 * value for value in mean],
+            std=[255 * value for value in std],
             dtype=_TYPES[config.dtype],
             output_layout="FHWC",
-            **_normalization(config, spec.flow),
         )
         return _padded(clip, config) if config.padding == "zero" else clip
 
@@ -127,11 +139,3 @@ def _flow_window(frames: DataNode, given: dict[str, DataNode], config: DataConfi
 
 def _padded(clip: DataNode, config: DataConfig) -> DataNode:
     return fn.pad(clip, axis_names="F", shape=[config.clip_length], fill_value=0)
-
-
-def _normalization(config: DataConfig, flow: bool) -> dict[str, Any]:
-    channels = 2 if flow else 3
-    if config.dtype == "uint8":
-        return {"mean": [0.0] * channels, "std": [1.0] * channels}
-    mean, std = (config.flow_mean, config.flow_std) if flow else (config.mean, config.std)
-    return {"mean": [255 * value for value in mean], "std": [255 * value for value in std]}

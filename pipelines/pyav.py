@@ -13,6 +13,7 @@ from av.video.reformatter import VideoReformatter
 
 from ..preprocessing.shards import Corrupt
 
+_MILD = 1.5  # times that a window may be larger than the clip
 _local = threading.local()
 
 
@@ -27,32 +28,36 @@ def decode_rgb(data: np.ndarray, frames: Iterable[int]) -> np.ndarray:
 
 
 def decode_clip(
-    data: np.ndarray, frames: np.ndarray, crop: tuple[int, int, int, int], size: int, *, flip: bool, flow: bool = False
-) -> np.ndarray:
-    """A window of some frames of an encoded slice, resized: uint8 (T,size,size,3), or (T,size,size,2) for flow.
+    data: np.ndarray, frames: np.ndarray, crop: tuple[int, int, int, int], out: np.ndarray, *, flip: bool
+) -> None:
+    """A window of some frames of an encoded slice, resized, into `out`: uint8 (T,H,W,3), or (T,H,W,2) for flow.
 
     crop: top, left, bottom, right in pixels of the picture, which for flow is the left half (x) and the right half (y)
-    of a frame; flip mirrors, and turns x around. Resizing averages areas where it shrinks and is bilinear where it
-    enlarges (OpenCV). Raises Corrupt if a frame cannot be decoded.
+    of a frame; flip mirrors, and turns x around. Resizing is bilinear, and averages areas where it shrinks much
+    (OpenCV). Raises Corrupt if a frame cannot be decoded.
     """
     order, inverse = np.unique(frames, return_inverse=True)
+    in_order = len(order) == len(frames) and bool((inverse == np.arange(len(frames))).all())
+    clip = out if in_order else np.empty((len(order), *out.shape[1:]), np.uint8)
     top, left, bottom, right = crop
-    shrinks = bottom - top > size or right - left > size
-    method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    clip = np.empty((len(order), size, size, 2 if flow else 3), np.uint8)
-    for picture, out in zip(_pictures(data, order), clip, strict=True):
-        if flow:
+    height, width, channels = out.shape[1:]
+    # Below that, bilinear sampling passes over no pixel.
+    method = cv2.INTER_AREA if bottom - top > _MILD * height or right - left > _MILD * width else cv2.INTER_LINEAR
+    for picture, place in zip(_pictures(data, order), clip, strict=True):
+        if channels == 2:
             middle = picture.shape[1] // 2
-            halves = (picture[top:bottom, x + left : x + right, 0] for x in (0, middle))
-            region = np.stack(list(halves), axis=-1)
+            halves = [picture[top:bottom, x + left : x + right, 0] for x in (0, middle)]
+            region = np.stack(halves, axis=-1)
         else:
             region = picture[top:bottom, left:right]
-        resized = cv2.resize(region, (size, size), dst=None if flip else out, interpolation=method)
         if flip:
-            cv2.flip(resized, 1, dst=out)
-    if flow and flip:
+            cv2.flip(cv2.resize(region, (width, height), interpolation=method), 1, dst=place)
+        else:
+            cv2.resize(region, (width, height), dst=place, interpolation=method)
+    if channels == 2 and flip:
         np.subtract(255, clip[..., 0], out=clip[..., 0])
-    return clip if len(order) == len(inverse) and (np.diff(inverse) == 1).all() else clip[inverse]
+    if not in_order:
+        np.take(clip, inverse, axis=0, out=out)
 
 
 def _pictures(data: np.ndarray, order: np.ndarray) -> Iterator[np.ndarray]:

@@ -165,6 +165,7 @@ class _Lane:
 
     def __init__(self, run: Run, loader: Loader, stream: Stream, encoded: bool, share: int):
         self.encoded, self.ahead = encoded, deque[list[Item]]()
+        self._fed: deque[list[Media]] = deque()  # what the pipeline may still read
         self._run, self._stream, self._device = run, stream, loader.device
         self._number, self._prefetch = loader.streams.index(stream), loader.config.prefetch
         spec = graph.Spec(encoded, stream.is_flow, stream.jitters_colour, share, loader.threads)
@@ -182,6 +183,7 @@ class _Lane:
         assert self._pipeline is not None, "a closed run gives no more batches"
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         (output,) = self._pipeline.run(stream)
+        self._stream.release(self._fed.popleft(), self.encoded)
         return torch.from_dlpack(output.as_tensor())
 
     def close(self) -> None:
@@ -196,6 +198,7 @@ class _Lane:
             raise StopIteration
         items = self.ahead.popleft()
         media = [self._run.resolve(item, self._number) for item in items]
+        self._fed.append(media)
         return self._stream.feed([item.sample for item in items], media, self.encoded)
 
 

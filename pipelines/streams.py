@@ -14,6 +14,7 @@ from ..configs.schema import DataConfig
 from ..errors import UserError
 from ..preprocessing.shards import Dataset, Video
 from . import graph
+from .buffers import Buffers
 from .cache import BlockCache
 from .plan import Colour, Sample, Shapes
 from .pyav import decode_clip
@@ -53,6 +54,7 @@ class Stream:
         self.decoder = graph.choose_decoder(config.decoder, codecs, device.type)
         cache = BlockCache(Path(config.cache_dir), int(config.cache_gb * 1e9)) if config.cache_dir else None
         self.store = ClipStore(dataset, cache, config.retries)
+        self.buffers = Buffers()
         self.jitters_colour = config.jitters_colour and not self.is_flow
 
     def video(self, sample: Sample) -> Video:
@@ -71,8 +73,14 @@ class Stream:
         if encoded:
             return Media(part.data, frames, crop)
         window = (round(crop[0]), round(crop[1]), max(round(crop[2]), 1), max(round(crop[3]), 1))
-        clip = decode_clip(part.data, frames, window, self.config.size, flip=sample.flip, flow=self.is_flow)
+        clip = self.buffers.take((len(frames), self.config.size, self.config.size, 2 if self.is_flow else 3))
+        decode_clip(part.data, frames, window, clip, flip=sample.flip)
         return Media(clip, frames, crop)
+
+    def release(self, media: list[Media], encoded: bool) -> None:
+        """What the graph has done with."""
+        for entry in media if not encoded else ():
+            self.buffers.give(entry.media)
 
     def feed(self, samples: list[Sample], media: list[Media], encoded: bool) -> tuple[list, ...]:
         """The lists that graph.Spec.inputs names, for the samples of a batch."""
