@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 
 import av
 import cv2
@@ -12,6 +13,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from ..preprocessing.shards import Corrupt
+from .demux import Unknown, decode_slice
 
 _MILD = 1.5  # times that a window may be larger than the clip
 _local = threading.local()
@@ -65,9 +67,8 @@ def _pictures(data: np.ndarray, order: np.ndarray) -> Iterator[np.ndarray]:
     reformatter = _reformatter()
     found = 0
     try:
-        with av.open(io.BytesIO(data.data), mode="r") as container:
-            container.streams.video[0].codec_context.thread_count = 1
-            for number, frame in enumerate(container.decode(video=0)):
+        with contextlib.closing(_frames(data)) as frames:
+            for number, frame in enumerate(frames):
                 if number == order[found]:
                     # Only frames that are used pay for the colour conversion, which costs a third of decoding them.
                     rgb = reformatter.reformat(frame, format="rgb24")
@@ -76,9 +77,21 @@ def _pictures(data: np.ndarray, order: np.ndarray) -> Iterator[np.ndarray]:
                     found += 1
                     if found == len(order):
                         return
-    except (av.FFmpegError, IndexError) as error:
+    except (av.FFmpegError, IndexError, UnicodeDecodeError) as error:  # the last for metadata that is no text
         raise Corrupt(f"cannot be decoded ({getattr(error, 'strerror', None) or error})") from None
     raise Corrupt(f"frame {order[found]} of the slice cannot be decoded")
+
+
+def _frames(data: np.ndarray) -> Generator[av.VideoFrame, None, None]:
+    try:
+        yield from decode_slice(data)
+    except Unknown:  # raised before the first frame
+        with av.open(io.BytesIO(data.data), mode="r") as container:
+            context = container.streams.video[0].codec_context
+            if context is None:
+                raise Corrupt("is of no known codec") from None
+            context.thread_count = 1
+            yield from container.decode(video=0)
 
 
 def _reformatter() -> VideoReformatter:
