@@ -105,7 +105,7 @@ def flow(dataset: str | Path, out: str | Path, method: str, bound: float, split:
     from .preprocessing.shards import Dataset
 
     settings = FlowSettings(method, bound, codec, gop, crf, short_side=short_side)
-    opened = Dataset.open(dataset)
+    opened = Dataset.open(dataset, checked=True)
     if opened.info.get("modality") == "flow":
         raise UserError(f"{dataset} holds flow already")
     run(dataset_sources(opened, split), out, settings, **running)
@@ -250,7 +250,7 @@ def _sources(root: Path):
     from .preprocessing.shards import Dataset
 
     if (root / "dataset.json").is_file():
-        opened = Dataset.open(root)
+        opened = Dataset.open(root, checked=True)
         if opened.info.get("modality") == "flow":
             raise UserError(f"{root} holds optical flow, which is no picture")
         return dataset_sources(opened)
@@ -260,7 +260,7 @@ def _sources(root: Path):
 def _counts(place: Path):
     from .preprocessing.shards import Dataset
 
-    return Dataset.open(place) if (place / "dataset.json").is_file() else place
+    return Dataset.open(place, checked=True) if (place / "dataset.json").is_file() else place
 
 
 def _show_lists(files) -> None:

@@ -205,7 +205,7 @@ def dataset(root: Path, out: str | Path, split: str | None, source_fps: float | 
     from .preprocessing.interop import dataset_sources
     from .preprocessing.shards import Dataset
 
-    opened = Dataset.open(root)
+    opened = Dataset.open(root, checked=True)
     if opened.info.get("modality") == "flow":
         _refuse_scaling(options)
         options["modality"] = "flow"

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from ..storage import LocalStorage, Storage, storage_at
 from . import engines, shards, verify
 from .decoding import VideoError
 from .export import dali_index
+from .finished import finished, reencoded_videos, rejections, shard_bytes, strays
 from .lookup import VIDEO_EXTENSIONS
 from .plan import adopt, planned_fingerprints, read_plan, scan_rejections
 from .sources import Rejection, SourceList, SourceVideo, printable
@@ -29,7 +28,6 @@ DEADLY_TIMES = 3  # a worker dies at a video before it is left out
 _FROM_OUTSIDE = ("SIGKILL", "SIGTERM")  # ends that say nothing against the source
 MAX_DEADLY = 10  # videos that kill their workers; more are taken for a fault of the machine
 MAX_LOSSES = 100  # videos at which a worker died
-_FINGERPRINT, _ERRORS, _REENCODED = b"genkd.fingerprint", b"genkd.errors", b"genkd.reencoded"
 
 
 @dataclass(frozen=True)
@@ -113,11 +111,11 @@ def convert(
             storage.remove_leftovers("")
         storage.remove_leftovers("shards", [f"{name}." for name in names] if part else ("",))
         prints = {name: plan.fingerprint(name) for name in names}
-        done = _finished(storage, prints)
+        done = finished(storage, prints)
         damaged = []
         if repair:
             damaged = verify.damaged_shards(storage, sorted(done), source.classes, engines.engine("local", workers))
-        again = {*damaged, *(name for name, table in done.items() if retry_rejected and _rejections([table]))}
+        again = {*damaged, *(name for name, table in done.items() if retry_rejected and rejections([table]))}
         for name in again:
             storage.delete(f"shards/{name}.parquet")
         pending = [name for name in names if name not in done or name in again]
@@ -136,7 +134,7 @@ def convert(
             pass
         storage.remove_leftovers("shards", [f"{name}." for name in pending])
         if part:
-            rejected = _rejections(_finished(storage, prints).values())
+            rejected = rejections(finished(storage, prints).values())
             return Summary(storage.name, None, rejected, len(names) - len(pending), [])
         return _finish(storage, plan.info, prints, list(plan.rejected), len(names) - len(pending), tuple(damaged))
 
@@ -200,29 +198,6 @@ def _refuse_without_rate(source: SourceList) -> None:
             raise UserError(f"{printable(video.path)} states no frame rate; give it with --source-fps")
 
 
-def _finished(storage: Storage, prints: dict[str, str]) -> dict[str, pa.Table]:
-    """The rows of the shards that are complete and as planned."""
-    there = set(storage.names("shards"))
-
-    def rows(name: str) -> pa.Table | None:
-        if not {f"{name}.tar", f"{name}.idx", f"{name}.parquet"} <= there:
-            return None
-        try:
-            table = shards.read_parquet(storage.read(f"shards/{name}.parquet"))
-        except (OSError, pa.ArrowInvalid):
-            return None
-        return table if (table.schema.metadata or {}).get(_FINGERPRINT) == prints[name].encode() else None
-
-    with ThreadPoolExecutor(16) as pool:
-        found = zip(prints, pool.map(rows, prints), strict=True)
-        return {name: table for name, table in found if table is not None}
-
-
-def _rejections(tables: Iterable[pa.Table]) -> list[Rejection]:
-    """The sources that finished shards had to leave out."""
-    return [Rejection(*entry) for table in tables for entry in json.loads(table.schema.metadata[_ERRORS])]
-
-
 def _convert_shard(task: ShardTask, report: engines.Report) -> None:
     """Writes one shard, its DALI index and then its Parquet file, which says that the others are complete."""
     storage = storage_at(task.out)
@@ -256,13 +231,8 @@ def _convert_shard(task: ShardTask, report: engines.Report) -> None:
             writer.finish()
         index = dali_index(path)
     storage.write(f"shards/{task.name}.idx", index)
-    metadata = {
-        _FINGERPRINT: task.fingerprint,
-        _ERRORS: json.dumps(errors, ensure_ascii=False),
-        _REENCODED: json.dumps(dict(sorted(reencoded.items()))),
-    }
-    table = pa.Table.from_pylist(rows, shards.SCHEMA).replace_schema_metadata(metadata)
-    storage.write(f"shards/{task.name}.parquet", shards.parquet_bytes(table))
+    # Last, as it says that the others are complete.
+    storage.write(f"shards/{task.name}.parquet", shard_bytes(rows, task.fingerprint, errors, reencoded))
 
 
 def _source_name(video: SourceVideo, root: str) -> str:
@@ -319,21 +289,17 @@ def _finish(
     repaired: tuple[str, ...],
 ) -> Summary:  # fmt: skip
     """Writes errors.parquet, the index and, last of all, dataset.json. rejected: what the scan could not use."""
-    done = _finished(storage, prints)
+    done = finished(storage, prints)
     missing = [name for name in plan["shards"] if name not in done]
     if missing:
         raise UserError(
             f"{storage} lacks {len(missing)} of {len(plan['shards'])} shards, e.g. {missing[0]}: run their slices (or "
             "the whole command) again, then merge"
         )
-    for file in storage.names("shards"):  # what a refresh that was interrupted left behind
-        if not file.startswith(".") and file.rpartition(".")[0] not in prints:
-            storage.delete(f"shards/{file}")
+    for file in strays(storage.names("shards"), prints):  # what a refresh that was interrupted left behind
+        storage.delete(f"shards/{file}")
     tables = [done[name] for name in plan["shards"]]
-    reencoded: Counter[str] = Counter()
-    for table in tables:
-        reencoded.update(json.loads(table.schema.metadata[_REENCODED]))
-    rejected = sorted([*rejected, *_rejections(tables)], key=lambda entry: entry.path)
+    rejected = sorted([*rejected, *rejections(tables)], key=lambda entry: entry.path)
     rows = [dataclasses.asdict(entry) for entry in rejected]
     storage.write("errors.parquet", shards.parquet_bytes(pa.Table.from_pylist(rows, shards.ERROR_SCHEMA)))
     table = pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
@@ -356,7 +322,7 @@ def _finish(
         "video": plan["video"],
         "splits": _split_counts(table),
         "rejected": len(rejected),
-        "reencoded": dict(sorted(reencoded.items())),
+        "reencoded": dict(sorted(reencoded_videos(tables).items())),
         "index_digest": digest,
     }
     storage.write_json("dataset.json", info)

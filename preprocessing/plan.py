@@ -13,15 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ..errors import UserError
 from ..storage import Storage
 from . import shards
+from .index import Corrupt
 from .sources import Rejection, SourceList, SourceVideo, printable
 
 TARGET_SHARD_BYTES = 256 << 20  # of source files
 MIN_SHARDS = 64  # a data set, so that a small one still spreads over workers
 _SOURCES = "sources.parquet"
+_INFO = {
+    "format_version": int, "name": str, "classes": list, "modality": str, "video": dict, "sources": dict,
+    "shards": list,
+}  # fmt: skip
 _SCHEMA = pa.schema(
     [("key", pa.string()), ("path", pa.string()), ("split", pa.string()), ("label", pa.int32()), ("size", pa.int64()),
      ("mtime_ns", pa.int64()), ("content", pa.string()), ("shard", pa.string())]
@@ -122,17 +128,39 @@ def adopt(storage: Storage, source: SourceList, settings: Any, *, refresh: bool)
 
 def read_plan(storage: Storage) -> tuple[dict[str, Any], pa.Table]:
     """plan.json and sources.parquet of a folder. Raises UserError if one is missing or damaged."""
+    if not storage.exists("plan.json"):
+        raise UserError(f"{storage} holds no conversion that was begun: it lacks plan.json")
     try:
-        plan, sources = storage.read("plan.json"), storage.read(_SOURCES)
+        return read_info(storage), read_sources(storage)
+    except Corrupt as error:
+        raise UserError(f"{error} in {storage}; restore it, or choose another folder") from None
+
+
+def read_info(storage: Storage) -> dict[str, Any]:
+    """plan.json. Raises Corrupt."""
+    try:
+        info = json.loads(storage.read("plan.json"))
     except FileNotFoundError:
-        raise UserError(f"{storage} holds no conversion that was begun: it lacks plan.json or {_SOURCES}") from None
+        raise Corrupt("plan.json is missing") from None
+    except (ValueError, RecursionError):
+        info = None
+    if not isinstance(info, dict) or not all(isinstance(info.get(key), kind) for key, kind in _INFO.items()):
+        raise Corrupt("plan.json is damaged")
+    return info
+
+
+def read_sources(storage: Storage) -> pa.Table:
+    """sources.parquet. Raises Corrupt."""
     try:
-        info, table = json.loads(plan), shards.read_parquet(sources)
-    except (json.JSONDecodeError, UnicodeDecodeError, pa.ArrowInvalid, OSError):
-        info, table = None, None
-    if not isinstance(info, dict) or "shards" not in info or table is None or table.schema.names != _SCHEMA.names:
-        raise UserError(f"plan.json or {_SOURCES} in {storage} is damaged; restore it, or choose another folder")
-    return info, table
+        table = shards.read_parquet(storage.read(_SOURCES), _SCHEMA)
+        scan_rejections(table)
+        if not pc.all(pc.match_substring_regex(table["shard"], r"^\w[\w.-]*-\d{5,}$")).as_py():
+            raise Corrupt("names shards that no plan does")
+    except FileNotFoundError:
+        raise Corrupt(f"{_SOURCES} is missing") from None
+    except (Corrupt, KeyError, ValueError, TypeError):
+        raise Corrupt(f"{_SOURCES} is damaged") from None
+    return table
 
 
 def planned_fingerprints(info: dict[str, Any], table: pa.Table) -> dict[str, str]:
