@@ -33,6 +33,8 @@ from .files import (
 _ATOMIC_PROTOCOLS = frozenset(["s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "r2"])
 _STALE_SECONDS = 120.0  # a remote lock whose holder has not renewed it for so long belongs to a dead run
 _BEAT_SECONDS = 20.0
+_SETTLE_SECONDS = 0.5  # after which of two remote writers both can see who was the later one
+_TURN = ".lock-plan"
 _SCRATCH = "genkd-scratch-"  # then the process, in the folder for temporary files
 
 
@@ -85,6 +87,11 @@ class Storage(abc.ABC):
     def locked(self, part: str = "") -> contextlib.AbstractContextManager[None]:
         """Makes the folder and keeps other runs out of it. Runs with different `part`s may work side by side, but
         not beside one without. Raises UserError if the folder is taken."""
+
+    @abc.abstractmethod
+    def turn(self) -> contextlib.AbstractContextManager[bool]:
+        """For what runs that hold a `part` must do one at a time: whether it is this one's turn, for the length of the
+        block; if not, to be asked again after a look at what the other one has done."""
 
     @abc.abstractmethod
     def exists(self, name: str) -> bool:
@@ -143,6 +150,11 @@ class LocalStorage(Storage):
                 return
             with locked(self.path, busy, name=f".lock-{part}"):
                 yield
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[bool]:
+        with locked(self.path, "", name=_TURN, wait=True):
+            yield True
 
 
 def _machine() -> str:
@@ -223,19 +235,41 @@ class RemoteStorage(Storage):
     def locked(self, part: str = "") -> Iterator[None]:
         """By an object that its holder renews; one that is not renewed any more is taken over."""
         name = f".lock-{part}" if part else ".lock"
-        holder = {"host": _machine(), "pid": os.getpid(), "token": uuid.uuid4().hex}
         self._refuse_others(part)
         self._refuse_if_alive(name)
-        self._beat(name, holder)
-        # Of two runs that begin at once the later writer holds the lock, and the other one sees it here.
-        time.sleep(0.5)
+        holder = self._claim(name)
         try:
-            if self._lock_state(name).get("token") != holder["token"]:
+            if not holder:
                 raise UserError(f"another run is writing {self}; wait for it, or stop it first")
             self._refuse_others(part)
         except UserError:
             self._release(name, holder)
             raise
+        with self._renewing(name, holder):
+            yield
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[bool]:
+        """By an object, as locked() does."""
+        if self._living(_TURN):
+            time.sleep(_SETTLE_SECONDS)
+            yield False
+        elif holder := self._claim(_TURN):
+            with self._renewing(_TURN, holder):
+                yield True
+        else:
+            yield False
+
+    def _claim(self, name: str) -> dict[str, Any]:
+        """Takes a lock that nobody held, as far as was seen, and says as whom; empty if another one took it too."""
+        holder = {"host": _machine(), "pid": os.getpid(), "token": uuid.uuid4().hex}
+        self._beat(name, holder)
+        # Of two runs that begin at once the later writer holds the lock, and the other one sees it here.
+        time.sleep(_SETTLE_SECONDS)
+        return holder if self._lock_state(name).get("token") == holder["token"] else {}
+
+    @contextlib.contextmanager
+    def _renewing(self, name: str, holder: dict[str, Any]) -> Iterator[None]:
         done = threading.Event()
 
         def renew() -> None:
@@ -254,7 +288,7 @@ class RemoteStorage(Storage):
             self._release(name, holder)
 
     def _release(self, name: str, holder: dict[str, Any]) -> None:
-        if self._lock_state(name).get("token") == holder["token"]:
+        if holder and self._lock_state(name).get("token") == holder["token"]:
             self.delete(name)
 
     def _refuse_others(self, part: str) -> None:
@@ -274,18 +308,24 @@ class RemoteStorage(Storage):
         return state if isinstance(state, dict) else {}
 
     def _refuse_if_alive(self, name: str) -> None:
-        state = self._lock_state(name)
-        if not state:
-            return
-        age = time.time() - float(state.get("time", 0.0))
-        process = state.get("pid")
-        gone = state.get("host") == _machine() and isinstance(process, int) and not process_lives(process)
-        if age < _STALE_SECONDS and not gone:
+        if state := self._living(name):
+            age = time.time() - float(state.get("time", 0.0))
             raise UserError(
                 f"another run ({state.get('host')}, process {state.get('pid')}) was writing {self} {age:.0f} s ago; "
                 f"wait for it; if it is dead, wait {_STALE_SECONDS - age:.0f} s more or delete {self}/{name}"
             )
+
+    def _living(self, name: str) -> dict[str, Any]:
+        """Who holds a lock and may still be at work; the lock of a dead run is taken away."""
+        state = self._lock_state(name)
+        if not state:
+            return {}
+        process = state.get("pid")
+        gone = state.get("host") == _machine() and isinstance(process, int) and not process_lives(process)
+        if time.time() - float(state.get("time", 0.0)) < _STALE_SECONDS and not gone:
+            return state
         self.delete(name)
+        return {}
 
     @contextlib.contextmanager
     def _placing(self, name: str) -> Iterator[str]:

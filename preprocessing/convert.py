@@ -21,7 +21,7 @@ from .decoding import VideoError
 from .export import dali_index
 from .finished import finished, reencoded_videos, rejections, shard_bytes, strays
 from .lookup import VIDEO_EXTENSIONS
-from .plan import adopt, planned_fingerprints, read_plan, scan_rejections
+from .plan import adopt, is_begun, planned_fingerprints, read_plan, scan_rejections
 from .sources import Rejection, SourceList, SourceVideo, printable
 
 DEADLY_TIMES = 3  # a worker dies at a video before it is left out
@@ -104,8 +104,10 @@ def convert(
     _refuse_inside(storage, source.root)
     _refuse_without_rate(source)
     run = engines.engine(engine, workers, address)
+    with _explained(storage):
+        is_begun(storage)  # a folder of other things is refused before a lock is put there
     with _explained(storage), storage.locked(f"slice-{part[0]}-of-{part[1]}" if part else ""):
-        plan = adopt(storage, source, settings, refresh=refresh)
+        plan = adopt(storage, source, settings, refresh=refresh, alone=part is None)
         names = [name for number, name in enumerate(plan.shards) if not part or number % part[1] == part[0] - 1]
         if part is None:
             storage.remove_leftovers("")

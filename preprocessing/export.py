@@ -151,6 +151,7 @@ def export_parquet(
     files = _files(dataset, rows)
     digest = dataset.info["index_digest"]
     try:
+        _is_begun(target)
         with target.locked():
             _adopt(target, _plan(dataset, split, row_group_bytes, len(files)))
             target.remove_leftovers("")
@@ -231,14 +232,19 @@ def _plan(dataset: Dataset, split: str | None, row_group_bytes: int, files: int)
     }
 
 
+def _is_begun(target: Storage) -> bool:
+    """Whether an export was begun there. Raises UserError if other things are there instead."""
+    if target.exists(_PLAN):
+        return True
+    strangers = [name for name in target.names() if not name.startswith(".lock") and not name.endswith(".tmp")]
+    if strangers:
+        raise UserError(f"{target} is not empty and holds no export (found {strangers[0]!r}); choose another folder")
+    return False
+
+
 def _adopt(target: Storage, plan: dict[str, Any]) -> None:
     """Begins an empty folder with this plan, or continues a folder that has the same one."""
-    if not target.exists(_PLAN):
-        strangers = [name for name in target.names() if not name.startswith(".lock") and not name.endswith(".tmp")]
-        if strangers:
-            raise UserError(
-                f"{target} is not empty and holds no export (found {strangers[0]!r}); choose another folder"
-            )
+    if not _is_begun(target):
         target.write_json(_PLAN, plan)
         return
     try:
