@@ -42,10 +42,8 @@ RUNNING = (
 )  # fmt: skip
 _ROOT = (click.argument("root", type=SOURCE), click.argument("out", type=PLACE))
 _SOURCE_FPS = click.option(
-    "--source-fps",
-    type=click.FloatRange(0, min_open=True),
-    help="Frame rate of folders of JPEG frames and of .npy arrays.",
-)
+    "--source-fps", type=float, help="Frame rate of folders of JPEG frames and of .npy arrays."
+)  # fmt: skip
 _common = with_options(*_ROOT, *_ENCODING, *RUNNING, _SOURCE_FPS)
 
 
@@ -184,7 +182,7 @@ def thumos14(root: Path, out: str | Path, annotations: Path | None, flow: bool, 
     """
     from .preprocessing import thumos
 
-    options["fps"] = options["fps"] or 10.0
+    options["fps"] = 10.0 if options["fps"] is None else options["fps"]
     if flow:
         _refuse_scaling(options)
         options.update(short_side=0, modality="flow")
