@@ -133,7 +133,7 @@ def frames(root: Path, out: Path, height: int, quality: int, flat: bool, workers
             on_videos=progress.add,
         )  # fmt: skip
     click.echo(f"{out}: {len(done.keys)} videos, {done.frames} frames")
-    _show_rejected(done)
+    _show_notes(done)
 
 
 @click.group()
@@ -215,7 +215,7 @@ def npy(root: Path, out: Path, annotations: Path | None, sample_fps: float, reso
             source = thumos.thumos14(root, annotations=annotations)
             done = arrays.write_npy(source, out, sample_fps=sample_fps, resolution=resolution, **running)
     click.echo(f"{out}: {len(done.keys)} videos, {done.frames} frames")
-    _show_rejected(done)
+    _show_notes(done)
 
 
 @click.command("export-parquet")
@@ -265,10 +265,14 @@ def _counts(place: Path):
 
 def _show_lists(files) -> None:
     for entry in files:
-        click.echo(f"{entry.path}: {entry.videos} videos" + (f", {entry.missing} missing" if entry.missing else ""))
+        missing = f", {len(entry.missing)} missing" if entry.missing else ""
+        click.echo(f"{entry.path}: {entry.videos} videos{missing}")
 
 
-def _show_rejected(done) -> None:
+def _show_notes(done) -> None:
+    if done.changed:
+        named = ", ".join(done.changed[:3]) + (" ..." if len(done.changed) > 3 else "")
+        click.echo(f"{len(done.changed)} sources changed since and were written again: {named}")
     if done.rejected:
         click.echo(f"{len(done.rejected)} sources were rejected, listed in {done.notes / 'errors.parquet'}:")
         for entry in done.rejected[:10]:

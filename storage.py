@@ -46,6 +46,16 @@ def storage_at(place: str | Path) -> Storage:
     return RemoteStorage(text) if "://" in text else LocalStorage(Path(text).absolute())
 
 
+def refuse_inside(out: Storage, source: Storage) -> None:
+    """Raises UserError if `out` is the folder `source` or lies in it, by whichever links either is named."""
+    if isinstance(out, LocalStorage) and isinstance(source, LocalStorage):
+        inside = out.path.resolve().is_relative_to(source.path.resolve())
+    else:
+        inside = f"{out}/".startswith(f"{source}/")
+    if inside:
+        raise UserError(f"{out} lies inside the source {source}; choose a folder outside it")
+
+
 class Storage(abc.ABC):
     """A folder of files with names like shards/train-00000.tar. A file is there as a whole or not at all."""
 

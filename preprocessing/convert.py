@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..errors import UserError, explain_os_error
-from ..storage import LocalStorage, Storage, storage_at
+from ..storage import Storage, refuse_inside, storage_at
 from . import engines, shards, verify
 from .decoding import VideoError
 from .export import dali_index
@@ -101,7 +101,7 @@ def convert(
     storage = storage_at(out)
     if not source.videos:
         raise UserError(f"{source.root} holds no video to convert")
-    _refuse_inside(storage, source.root)
+    refuse_inside(storage, storage_at(source.root))
     _refuse_without_rate(source)
     run = engines.engine(engine, workers, address)
     with _explained(storage):
@@ -185,11 +185,6 @@ def _explained(storage: Storage):
         yield
     except OSError as error:
         raise UserError(explain_os_error(error, f"writing {storage}")) from None
-
-
-def _refuse_inside(storage: Storage, root: Path) -> None:
-    if isinstance(storage, LocalStorage) and (storage.path == root or root in storage.path.parents):
-        raise UserError(f"{storage} lies inside the source {root}; choose a folder outside it")
 
 
 def _refuse_without_rate(source: SourceList) -> None:

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..errors import UserError, explain_os_error
-from ..storage import LocalStorage, Storage, storage_at
+from ..storage import LocalStorage, Storage, refuse_inside, storage_at
 from . import engines
 from .shards import Corrupt, Dataset
 
@@ -144,8 +144,7 @@ def export_parquet(
         raise ValueError(f"row_group_bytes {row_group_bytes} is not between 1 and {1 << 30}")
     dataset, target = Dataset.open(dataset_path), storage_at(out)
     source = dataset.storage
-    if f"{target}/".startswith(f"{source}/"):
-        raise UserError(f"{target} lies inside the data set {source}; choose a folder outside it")
+    refuse_inside(target, source)
     rows = dataset.rows(split) if split is not None else np.arange(dataset.table.num_rows)
     _check_rows(dataset, rows)
     files = _files(dataset, rows)

@@ -55,7 +55,7 @@ def test_a_shard_whose_videos_were_all_rejected_is_no_stray(whole):
 def test_one_flipped_bit_of_index_arrow_crashes_nothing_and_is_named(whole, copy):
     data = (whole / "index.arrow").read_bytes()
     table = Dataset.open(whole).table
-    for at in np.random.default_rng(0).integers(0, len(data), 150).tolist() + [0, len(data) - 20]:
+    for at in [*np.random.default_rng(0).integers(0, len(data), 150).tolist(), 0, len(data) - 20]:
         flipped = bytearray(data)
         flipped[at] ^= 1 << at % 8
         (copy / "index.arrow").write_bytes(flipped)
