@@ -56,8 +56,21 @@ def refuse_inside(out: Storage, source: Storage) -> None:
         raise UserError(f"{out} lies inside the source {source}; choose a folder outside it")
 
 
+def refuse_private(storage: Storage, workers: int | None) -> None:
+    """Raises UserError for a place that other processes cannot see, if there are to be any."""
+    if storage.private and workers != 0:
+        raise UserError(
+            f"{storage} is memory of this process, which no worker process sees; use --workers 0 or another place"
+        )
+
+
 class Storage(abc.ABC):
-    """A folder of files with names like shards/train-00000.tar. A file is there as a whole or not at all."""
+    """A folder of files with names like shards/train-00000.tar. A file is there as a whole or not at all.
+
+    private: whether only this process sees it.
+    """
+
+    private = False
 
     def __init__(self, name: str):
         self.name = name
@@ -184,8 +197,11 @@ class RemoteStorage(Storage):
             self._fs, self._root = fsspec.url_to_fs(url)
         except (ImportError, ValueError) as error:  # whose texts name the package to install, or the known protocols
             raise UserError(f"{url} cannot be opened ({error})") from None
-        protocol = self._fs.protocol
-        self._atomic = bool(_ATOMIC_PROTOCOLS.intersection([protocol] if isinstance(protocol, str) else protocol))
+        except Exception as error:  # every fsspec implementation has exceptions of its own
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UserError(f"{url} is no folder that fsspec can open ({reason})") from None
+        protocols = {self._fs.protocol} if isinstance(self._fs.protocol, str) else set(self._fs.protocol)
+        self._atomic, self.private = bool(_ATOMIC_PROTOCOLS & protocols), "memory" in protocols
 
     def read(self, name: str) -> bytes:
         with self._explained():

@@ -14,18 +14,18 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..errors import UserError, explain_os_error
-from ..storage import Storage, refuse_inside, storage_at
+from ..errors import UserError, explained
+from ..storage import Storage, storage_at
 from . import engines, shards, verify
 from .decoding import VideoError
 from .export import dali_index
 from .finished import finished, reencoded_videos, rejections, shard_bytes, strays
-from .lookup import VIDEO_EXTENSIONS
-from .plan import adopt, is_begun, planned_fingerprints, read_plan, scan_rejections
+from .plan import adopt, planned_fingerprints, read_plan, scan_rejections
+from .preview import check, refuse_rejected, shards_of
 from .sources import Rejection, SourceList, SourceVideo, printable
 
 DEADLY_TIMES = 3  # a worker dies at a video before it is left out
-_FROM_OUTSIDE = ("SIGKILL", "SIGTERM")  # ends that say nothing against the source
+_FROM_OUTSIDE = ("SIGKILL", "SIGTERM", engines.OUTSIDE)  # ends that say nothing against the source
 MAX_DEADLY = 10  # videos that kill their workers; more are taken for a fault of the machine
 MAX_LOSSES = 100  # videos at which a worker died
 
@@ -99,16 +99,11 @@ def convert(
     Raises UserError if `out` belongs to another conversion or is being written, or if no video can be used.
     """
     storage = storage_at(out)
-    if not source.videos:
-        raise UserError(f"{source.root} holds no video to convert")
-    refuse_inside(storage, storage_at(source.root))
-    _refuse_without_rate(source)
     run = engines.engine(engine, workers, address)
-    with _explained(storage):
-        is_begun(storage)  # a folder of other things is refused before a lock is put there
-    with _explained(storage), storage.locked(f"slice-{part[0]}-of-{part[1]}" if part else ""):
+    check(storage, source, 1 if engine == "ray" else workers, on_error)
+    with explained(f"writing {storage}"), storage.locked(f"slice-{part[0]}-of-{part[1]}" if part else ""):
         plan = adopt(storage, source, settings, refresh=refresh, alone=part is None)
-        names = [name for number, name in enumerate(plan.shards) if not part or number % part[1] == part[0] - 1]
+        names = shards_of(plan, part)
         if part is None:
             storage.remove_leftovers("")
         storage.remove_leftovers("shards", [f"{name}." for name in names] if part else ("",))
@@ -118,6 +113,7 @@ def convert(
         if repair:
             damaged = verify.damaged_shards(storage, sorted(done), source.classes, engines.engine("local", workers))
         again = {*damaged, *(name for name, table in done.items() if retry_rejected and rejections([table]))}
+        refuse_rejected(storage, [table for name, table in done.items() if name not in again], on_error)
         for name in again:
             storage.delete(f"shards/{name}.parquet")
         pending = [name for name in names if name not in done or name in again]
@@ -144,7 +140,7 @@ def convert(
 def merge(out: str | Path) -> Summary:
     """Writes the index of a data set whose slices are all finished. Raises UserError naming shards that are missing."""
     storage = storage_at(out)
-    with _explained(storage):
+    with explained(f"writing {storage}"):
         read_plan(storage)  # refused before a lock makes the folder
         with storage.locked():
             for name in storage.names():
@@ -177,22 +173,6 @@ class _Losses:
         if self._times[key] < DEADLY_TIMES:
             return task
         return dataclasses.replace(task, deadly=(*task.deadly, (key, reason)))
-
-
-@contextlib.contextmanager
-def _explained(storage: Storage):
-    try:
-        yield
-    except OSError as error:
-        raise UserError(explain_os_error(error, f"writing {storage}")) from None
-
-
-def _refuse_without_rate(source: SourceList) -> None:
-    """Frames that lie about one by one have no frame rate, which is better said before anything is begun."""
-    for video in source.videos:
-        loose = not video.fps and os.path.splitext(video.path)[1].lower() not in VIDEO_EXTENSIONS
-        if loose and (video.path.endswith(".npy") or os.path.isdir(video.path)):
-            raise UserError(f"{printable(video.path)} states no frame rate; give it with --source-fps")
 
 
 def _convert_shard(task: ShardTask, report: engines.Report) -> None:

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..errors import UserError, explain_os_error
-from ..storage import LocalStorage, Storage, refuse_inside, storage_at
+from ..storage import LocalStorage, Storage, refuse_inside, refuse_private, storage_at
 from . import engines
 from .shards import Corrupt, Dataset
 
@@ -145,6 +145,8 @@ def export_parquet(
     dataset, target = Dataset.open(dataset_path), storage_at(out)
     source = dataset.storage
     refuse_inside(target, source)
+    for place in (source, target):
+        refuse_private(place, workers)
     rows = dataset.rows(split) if split is not None else np.arange(dataset.table.num_rows)
     _check_rows(dataset, rows)
     files = _files(dataset, rows)

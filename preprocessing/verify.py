@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..errors import UserError
-from ..storage import Storage, storage_at
+from ..storage import Storage, refuse_private, storage_at
 from . import engines
 from .export import dali_index
 from .finished import finished, is_planned, rejections, shard_rows, strays
@@ -46,6 +46,7 @@ def verify(
     Reads every byte and decodes every GOP by itself. Raises UserError if `path` is no finished data set.
     """
     storage = storage_at(path)
+    refuse_private(storage, workers)
     info = description(storage)
     prints, problems = _check_plan(storage)
     try:
