@@ -159,6 +159,7 @@ def _is_sound(info: dict[str, Any]) -> bool:
     return (
         all(isinstance(info.get(key), kind) for key, kind in kinds.items())
         and all(isinstance(name, str) for name in info["classes"])
+        and isinstance(info["video"].get("codec"), str)
         and isinstance(info.get("rejected", 0), int)
         and all(
             isinstance(counts, dict) and all(isinstance(counts.get(name), (int, float)) for name in _COUNTS)

@@ -227,6 +227,8 @@ def _check_shard(dataset: Dataset, name: str, report: engines.Report) -> list[Pr
                 known.add(found.name)
                 file.seek(video.offset)
                 _check_payload(video, file.read(video.size))
+                if video.label >= len(dataset.classes):
+                    raise Corrupt(f"its label {video.label} is none of the {len(dataset.classes)} classes")
                 sidecar = f"{tar_name(video.key)}.json"
                 known.add(sidecar)
                 _check_sidecar(file, named.get(sidecar), sidecar_bytes(values, dataset.classes))

@@ -159,6 +159,7 @@ def test_strays_and_bytes_behind_a_tar_s_end_are_named_and_repaired(source, whol
         lambda info: info["splits"].update(train=3),
         lambda info: info.update(classes="Bob"),
         lambda info: info.update(rejected="many"),
+        lambda info: info["video"].pop("codec"),
     ],
 )
 def test_a_damaged_description_is_one_sentence(copy, change):

@@ -127,7 +127,8 @@ def test_a_data_set_that_is_none_or_not_finished_is_refused(tmp_path):
     (tmp_path / "dataset.json").write_text('{"format_version": 1, "index_digest": "x"}')
     with pytest.raises(UserError, match="damaged"):
         Dataset.open(tmp_path)
-    info = {"format_version": 1, "name": "x", "index_digest": "x", "classes": [], "splits": {}, "video": {}}
+    info = {"format_version": 1, "name": "x", "index_digest": "x", "classes": [], "splits": {}}
+    info["video"] = {"codec": "vp9"}
     (tmp_path / "dataset.json").write_text(json.dumps(info))
     with pytest.raises(UserError, match=r"index\.parquet"):
         Dataset.open(tmp_path)

@@ -65,6 +65,7 @@ def test_missing_and_cut_shards_are_found(copy):
         ("shard", "../../train.tar", "outside"),
         ("offset", -512, "contradict"),
         ("width", 66, "is not 66x48"),
+        ("label", 10, "its label 10 is none of the 10 classes"),
         ("offset", 1024, "no such member"),
     ],
 )
