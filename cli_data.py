@@ -135,7 +135,7 @@ def flow(dataset: str | Path, out: str | Path, method: str, bound: float, split:
     from .preprocessing.shards import Dataset
 
     settings = FlowSettings(method, bound, codec, gop, crf, short_side=short_side)
-    opened = Dataset.open(dataset)
+    opened = Dataset.open(dataset, checked=True)
     if opened.info.get("modality") == "flow":
         raise UserError(f"{dataset} holds flow already")
     run(dataset_sources(opened, split), out, settings, **running)
@@ -163,7 +163,7 @@ def frames(root: Path, out: Path, height: int, quality: int, flat: bool, workers
             on_videos=progress.add,
         )  # fmt: skip
     click.echo(f"{out}: {len(done.keys)} videos, {done.frames} frames")
-    _show_rejected(done)
+    _show_notes(done)
 
 
 @click.group()
@@ -245,7 +245,7 @@ def npy(root: Path, out: Path, annotations: Path | None, sample_fps: float, reso
             source = thumos.thumos14(root, annotations=annotations)
             done = arrays.write_npy(source, out, sample_fps=sample_fps, resolution=resolution, **running)
     click.echo(f"{out}: {len(done.keys)} videos, {done.frames} frames")
-    _show_rejected(done)
+    _show_notes(done)
 
 
 @click.command("export-parquet")
@@ -280,7 +280,7 @@ def _sources(root: Path):
     from .preprocessing.shards import Dataset
 
     if (root / "dataset.json").is_file():
-        opened = Dataset.open(root)
+        opened = Dataset.open(root, checked=True)
         if opened.info.get("modality") == "flow":
             raise UserError(f"{root} holds optical flow, which is no picture")
         return dataset_sources(opened)
@@ -290,15 +290,19 @@ def _sources(root: Path):
 def _counts(place: Path):
     from .preprocessing.shards import Dataset
 
-    return Dataset.open(place) if (place / "dataset.json").is_file() else place
+    return Dataset.open(place, checked=True) if (place / "dataset.json").is_file() else place
 
 
 def _show_lists(files) -> None:
     for entry in files:
-        click.echo(f"{entry.path}: {entry.videos} videos" + (f", {entry.missing} missing" if entry.missing else ""))
+        missing = f", {len(entry.missing)} missing" if entry.missing else ""
+        click.echo(f"{entry.path}: {entry.videos} videos{missing}")
 
 
-def _show_rejected(done) -> None:
+def _show_notes(done) -> None:
+    if done.changed:
+        named = ", ".join(done.changed[:3]) + (" ..." if len(done.changed) > 3 else "")
+        click.echo(f"{len(done.changed)} sources changed since and were written again: {named}")
     if done.rejected:
         click.echo(f"{len(done.rejected)} sources were rejected, listed in {done.notes / 'errors.parquet'}:")
         for entry in done.rejected[:10]:

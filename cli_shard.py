@@ -42,10 +42,8 @@ RUNNING = (
 )  # fmt: skip
 _ROOT = (click.argument("root", type=SOURCE), click.argument("out", type=PLACE))
 _SOURCE_FPS = click.option(
-    "--source-fps",
-    type=click.FloatRange(0, min_open=True),
-    help="Frame rate of folders of JPEG frames and of .npy arrays.",
-)
+    "--source-fps", type=float, help="Frame rate of folders of JPEG frames and of .npy arrays."
+)  # fmt: skip
 _common = with_options(*_ROOT, *_ENCODING, *RUNNING, _SOURCE_FPS)
 
 
@@ -184,7 +182,7 @@ def thumos14(root: Path, out: str | Path, annotations: Path | None, flow: bool, 
     """
     from .preprocessing import thumos
 
-    options["fps"] = options["fps"] or 10.0
+    options["fps"] = 10.0 if options["fps"] is None else options["fps"]
     if flow:
         _refuse_scaling(options)
         options.update(short_side=0, modality="flow")
@@ -205,7 +203,7 @@ def dataset(root: Path, out: str | Path, split: str | None, source_fps: float | 
     from .preprocessing.interop import dataset_sources
     from .preprocessing.shards import Dataset
 
-    opened = Dataset.open(root)
+    opened = Dataset.open(root, checked=True)
     if opened.info.get("modality") == "flow":
         _refuse_scaling(options)
         options["modality"] = "flow"
@@ -236,17 +234,15 @@ def run(source, out: str | Path, settings: Any, *, workers: int | None, part: st
     from .preprocessing.convert import Progress, convert
     from .progress import bar
 
+    options |= {"workers": workers, "part": _part(part)}
     if dry_run:
-        return _print_estimate(source, settings, CORES if workers is None else workers, as_json)
+        return _print_estimate(source, out, settings, as_json, **options)
     with bar("converting", "videos", "frames") as progress:
 
         def on_progress(event: Progress) -> None:
             progress.add(event.videos, event.frames)
 
-        summary = convert(
-            source, out, settings, workers=workers, part=_part(part), on_start=progress.start, on_progress=on_progress,
-            **options,
-        )  # fmt: skip
+        summary = convert(source, out, settings, on_start=progress.start, on_progress=on_progress, **options)
     print_summary(summary, as_json)
     if options["repair"] and not summary.repaired and not as_json:
         click.echo("no finished shard was damaged")
@@ -298,18 +294,18 @@ def print_summary(summary, as_json: bool) -> None:
         click.echo(f"note: nor of {len(summary.unused_classes) - 10} more")
 
 
-def _print_estimate(source, settings: Any, workers: int, as_json: bool) -> None:
+def _print_estimate(source, out: str | Path, settings: Any, as_json: bool, *, workers: int | None, address: str | None,
+                    repair: bool, **options: Any) -> None:  # fmt: skip
     from .preprocessing.estimate import estimate
+    from .preprocessing.preview import preview
     from .progress import bar
     from .tables import estimate_tables, show
 
+    expected = preview(source, out, settings, workers=workers, **options)
+    workers = max(1, CORES if workers is None else workers)
     with bar("sampling", "videos") as progress:
         found = estimate(
-            source,
-            settings,
-            workers=max(1, workers),
-            on_start=progress.start,
-            on_video=lambda count: progress.add(count),
-        )
+            source, settings, *expected, workers=workers, on_start=progress.start, on_video=progress.add
+        )  # fmt: skip
     click.echo(json.dumps(found, indent=2)) if as_json else show(estimate_tables(found))
     sys.exit(0 if found["estimate"] else 1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+from collections.abc import Iterator
 
 
 class UserError(ValueError):
@@ -15,6 +17,15 @@ class Stopped(Exception):
     def __init__(self, text: str, exit_code: int):
         super().__init__(text)
         self.exit_code = exit_code
+
+
+@contextlib.contextmanager
+def explained(doing: str) -> Iterator[None]:
+    """Raises an operating system error of the block as a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(explain_os_error(error, doing)) from None
 
 
 def explain_os_error(error: OSError, doing: str) -> str:

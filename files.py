@@ -81,10 +81,13 @@ def process_lives(process: int) -> bool:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, busy: str, name: str = ".lock", shared: bool = False) -> Iterator[None]:
+def locked(
+    folder: Path, busy: str, name: str = ".lock", shared: bool = False, wait: bool = False
+) -> Iterator[None]:  # fmt: skip
     """Makes the folder and locks it against other processes; the lock goes with the process, however it ends.
 
-    shared: only against those that lock it unshared. Raises UserError with the text `busy` if it is held.
+    shared: only against those that lock it unshared. A lock that is held is waited for, or a UserError with the text
+    `busy`.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -93,7 +96,7 @@ def locked(folder: Path, busy: str, name: str = ".lock", shared: bool = False) -
         raise UserError(explain_os_error(error, f"creating {folder}")) from None
     try:
         try:
-            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise UserError(busy) from None
         yield

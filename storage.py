@@ -34,6 +34,8 @@ from .files import (
 _ATOMIC_PROTOCOLS = frozenset(["s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "r2"])
 _STALE_SECONDS = 120.0  # a remote lock whose holder has not renewed it for so long belongs to a dead run
 _BEAT_SECONDS = 20.0
+_SETTLE_SECONDS = 0.5  # after which of two remote writers both can see who was the later one
+_TURN = ".lock-plan"
 _SCRATCH = "genkd-scratch-"  # then the process, in the folder for temporary files
 
 
@@ -45,8 +47,31 @@ def storage_at(place: str | Path) -> Storage:
     return RemoteStorage(text) if "://" in text else LocalStorage(Path(text).absolute())
 
 
+def refuse_inside(out: Storage, source: Storage) -> None:
+    """Raises UserError if `out` is the folder `source` or lies in it, by whichever links either is named."""
+    if isinstance(out, LocalStorage) and isinstance(source, LocalStorage):
+        inside = out.path.resolve().is_relative_to(source.path.resolve())
+    else:
+        inside = f"{out}/".startswith(f"{source}/")
+    if inside:
+        raise UserError(f"{out} lies inside the source {source}; choose a folder outside it")
+
+
+def refuse_private(storage: Storage, workers: int | None) -> None:
+    """Raises UserError for a place that other processes cannot see, if there are to be any."""
+    if storage.private and workers != 0:
+        raise UserError(
+            f"{storage} is memory of this process, which no worker process sees; use --workers 0 or another place"
+        )
+
+
 class Storage(abc.ABC):
-    """A folder of files with names like shards/train-00000.tar. A file is there as a whole or not at all."""
+    """A folder of files with names like shards/train-00000.tar. A file is there as a whole or not at all.
+
+    private: whether only this process sees it.
+    """
+
+    private = False
 
     def __init__(self, name: str):
         self.name = name
@@ -95,6 +120,11 @@ class Storage(abc.ABC):
     def locked(self, part: str = "") -> contextlib.AbstractContextManager[None]:
         """Makes the folder and keeps other runs out of it. Runs with different `part`s may work side by side, but
         not beside one without. Raises UserError if the folder is taken."""
+
+    @abc.abstractmethod
+    def turn(self) -> contextlib.AbstractContextManager[bool]:
+        """For what runs that hold a `part` must do one at a time: whether it is this one's turn, for the length of the
+        block; if not, to be asked again after a look at what the other one has done."""
 
     @abc.abstractmethod
     def exists(self, name: str) -> bool:
@@ -165,6 +195,11 @@ class LocalStorage(Storage):
             with locked(self.path, busy, name=f".lock-{part}"):
                 yield
 
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[bool]:
+        with locked(self.path, "", name=_TURN, wait=True):
+            yield True
+
 
 def _machine() -> str:
     """This machine and, where containers share one, this container: process numbers mean the same within it."""
@@ -183,8 +218,11 @@ class RemoteStorage(Storage):
             self._fs, self._root = fsspec.url_to_fs(url)
         except (ImportError, ValueError) as error:  # whose texts name the package to install, or the known protocols
             raise UserError(f"{url} cannot be opened ({error})") from None
-        protocol = self._fs.protocol
-        self._atomic = bool(_ATOMIC_PROTOCOLS.intersection([protocol] if isinstance(protocol, str) else protocol))
+        except Exception as error:  # every fsspec implementation has exceptions of its own
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UserError(f"{url} is no folder that fsspec can open ({reason})") from None
+        protocols = {self._fs.protocol} if isinstance(self._fs.protocol, str) else set(self._fs.protocol)
+        self._atomic, self.private = bool(_ATOMIC_PROTOCOLS & protocols), "memory" in protocols
 
     def read(self, name: str) -> bytes:
         with self._explained():
@@ -263,19 +301,41 @@ class RemoteStorage(Storage):
     def locked(self, part: str = "") -> Iterator[None]:
         """By an object that its holder renews; one that is not renewed any more is taken over."""
         name = f".lock-{part}" if part else ".lock"
-        holder = {"host": _machine(), "pid": os.getpid(), "token": uuid.uuid4().hex}
         self._refuse_others(part)
         self._refuse_if_alive(name)
-        self._beat(name, holder)
-        # Of two runs that begin at once the later writer holds the lock, and the other one sees it here.
-        time.sleep(0.5)
+        holder = self._claim(name)
         try:
-            if self._lock_state(name).get("token") != holder["token"]:
+            if not holder:
                 raise UserError(f"another run is writing {self}; wait for it, or stop it first")
             self._refuse_others(part)
         except UserError:
             self._release(name, holder)
             raise
+        with self._renewing(name, holder):
+            yield
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[bool]:
+        """By an object, as locked() does."""
+        if self._living(_TURN):
+            time.sleep(_SETTLE_SECONDS)
+            yield False
+        elif holder := self._claim(_TURN):
+            with self._renewing(_TURN, holder):
+                yield True
+        else:
+            yield False
+
+    def _claim(self, name: str) -> dict[str, Any]:
+        """Takes a lock that nobody held, as far as was seen, and says as whom; empty if another one took it too."""
+        holder = {"host": _machine(), "pid": os.getpid(), "token": uuid.uuid4().hex}
+        self._beat(name, holder)
+        # Of two runs that begin at once the later writer holds the lock, and the other one sees it here.
+        time.sleep(_SETTLE_SECONDS)
+        return holder if self._lock_state(name).get("token") == holder["token"] else {}
+
+    @contextlib.contextmanager
+    def _renewing(self, name: str, holder: dict[str, Any]) -> Iterator[None]:
         done = threading.Event()
 
         def renew() -> None:
@@ -294,7 +354,7 @@ class RemoteStorage(Storage):
             self._release(name, holder)
 
     def _release(self, name: str, holder: dict[str, Any]) -> None:
-        if self._lock_state(name).get("token") == holder["token"]:
+        if holder and self._lock_state(name).get("token") == holder["token"]:
             self.delete(name)
 
     def _refuse_others(self, part: str) -> None:
@@ -314,18 +374,24 @@ class RemoteStorage(Storage):
         return state if isinstance(state, dict) else {}
 
     def _refuse_if_alive(self, name: str) -> None:
-        state = self._lock_state(name)
-        if not state:
-            return
-        age = time.time() - float(state.get("time", 0.0))
-        process = state.get("pid")
-        gone = state.get("host") == _machine() and isinstance(process, int) and not process_lives(process)
-        if age < _STALE_SECONDS and not gone:
+        if state := self._living(name):
+            age = time.time() - float(state.get("time", 0.0))
             raise UserError(
                 f"another run ({state.get('host')}, process {state.get('pid')}) was writing {self} {age:.0f} s ago; "
                 f"wait for it; if it is dead, wait {_STALE_SECONDS - age:.0f} s more or delete {self}/{name}"
             )
+
+    def _living(self, name: str) -> dict[str, Any]:
+        """Who holds a lock and may still be at work; the lock of a dead run is taken away."""
+        state = self._lock_state(name)
+        if not state:
+            return {}
+        process = state.get("pid")
+        gone = state.get("host") == _machine() and isinstance(process, int) and not process_lives(process)
+        if time.time() - float(state.get("time", 0.0)) < _STALE_SECONDS and not gone:
+            return state
         self.delete(name)
+        return {}
 
     @contextlib.contextmanager
     def _placing(self, name: str) -> Iterator[str]:

@@ -56,14 +56,19 @@ def estimate_tables(found: dict[str, Any]) -> list[Table]:
     plan = _table("plan", "what", "found")
     plan.add_row("sources", f"{found['videos']:,} videos, {_bytes(found['source_bytes'])}, {found['classes']} classes")
     plan.add_row("splits", ", ".join(f"{name} {count:,}" for name, count in found["splits"].items()))
-    plan.add_row("shards", f"{found['shards']:,}")
+    done = f", {found['finished_shards']:,} of them finished" if found["finished_shards"] else ""
+    plan.add_row("shards", f"{found['shards']:,}{done}")
     for reason, count in list(found["rejected"].items())[:8]:
         plan.add_row("left out", f"{count:,}: {reason}")
     sample, expected = found["sample"], found["estimate"]
     failed = f", {sample['failed']} of them cannot be converted" if sample["failed"] else ""
-    plan.add_row("sample", f"{sample['videos']} videos in {sample['seconds']:.1f} s{failed}")
+    part = f" and {100 * sample['part']:.2g} % of another one" if sample["part"] else ""
+    plan.add_row("sample", f"{sample['videos']} videos{part} in {sample['seconds']:.1f} s{failed}")
+    if sample["error"]:
+        plan.add_row("first error", sample["error"])
     if expected:
-        plan.add_row("data set", f"about {_bytes(expected['bytes'])}")
+        what = "still to write" if found["finished_shards"] else "data set"
+        plan.add_row(what, f"about {_bytes(expected['bytes'])}")
         plan.add_row("time", f"about {_duration(expected['seconds'])} with {expected['workers']} workers")
     else:
         plan.add_row("data set", "none of the sample could be converted")

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,20 +14,20 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..errors import UserError, explain_os_error
-from ..storage import LocalStorage, Storage, storage_at
+from ..errors import UserError, explained
+from ..storage import Storage, storage_at
 from . import engines, shards, verify
 from .decoding import VideoError
 from .export import dali_index
-from .lookup import VIDEO_EXTENSIONS
+from .finished import finished, reencoded_videos, rejections, shard_bytes, strays
 from .plan import adopt, planned_fingerprints, read_plan, scan_rejections
+from .preview import check, refuse_rejected, shards_of
 from .sources import Rejection, SourceList, SourceVideo, printable
 
 DEADLY_TIMES = 3  # a worker dies at a video before it is left out
-_FROM_OUTSIDE = ("SIGKILL", "SIGTERM")  # ends that say nothing against the source
+_FROM_OUTSIDE = ("SIGKILL", "SIGTERM", engines.OUTSIDE)  # ends that say nothing against the source
 MAX_DEADLY = 10  # videos that kill their workers; more are taken for a fault of the machine
 MAX_LOSSES = 100  # videos at which a worker died
-_FINGERPRINT, _ERRORS, _REENCODED = b"genkd.fingerprint", b"genkd.errors", b"genkd.reencoded"
 
 
 @dataclass(frozen=True)
@@ -101,23 +99,21 @@ def convert(
     Raises UserError if `out` belongs to another conversion or is being written, or if no video can be used.
     """
     storage = storage_at(out)
-    if not source.videos:
-        raise UserError(f"{source.root} holds no video to convert")
-    _refuse_inside(storage, source.root)
-    _refuse_without_rate(source)
     run = engines.engine(engine, workers, address)
-    with _explained(storage), storage.locked(f"slice-{part[0]}-of-{part[1]}" if part else ""):
-        plan = adopt(storage, source, settings, refresh=refresh)
-        names = [name for number, name in enumerate(plan.shards) if not part or number % part[1] == part[0] - 1]
+    check(storage, source, 1 if engine == "ray" else workers, on_error)
+    with explained(f"writing {storage}"), storage.locked(f"slice-{part[0]}-of-{part[1]}" if part else ""):
+        plan = adopt(storage, source, settings, refresh=refresh, alone=part is None)
+        names = shards_of(plan, part)
         if part is None:
             storage.remove_leftovers("")
         storage.remove_leftovers("shards", [f"{name}." for name in names] if part else ("",))
         prints = {name: plan.fingerprint(name) for name in names}
-        done = _finished(storage, prints)
+        done = finished(storage, prints)
         damaged = []
         if repair:
             damaged = verify.damaged_shards(storage, sorted(done), source.classes, engines.engine("local", workers))
-        again = {*damaged, *(name for name, table in done.items() if retry_rejected and _rejections([table]))}
+        again = {*damaged, *(name for name, table in done.items() if retry_rejected and rejections([table]))}
+        refuse_rejected(storage, [table for name, table in done.items() if name not in again], on_error)
         for name in again:
             storage.delete(f"shards/{name}.parquet")
         pending = [name for name in names if name not in done or name in again]
@@ -136,7 +132,7 @@ def convert(
             pass
         storage.remove_leftovers("shards", [f"{name}." for name in pending])
         if part:
-            rejected = _rejections(_finished(storage, prints).values())
+            rejected = rejections(finished(storage, prints).values())
             return Summary(storage.name, None, rejected, len(names) - len(pending), [])
         return _finish(storage, plan.info, prints, list(plan.rejected), len(names) - len(pending), tuple(damaged))
 
@@ -144,7 +140,7 @@ def convert(
 def merge(out: str | Path) -> Summary:
     """Writes the index of a data set whose slices are all finished. Raises UserError naming shards that are missing."""
     storage = storage_at(out)
-    with _explained(storage):
+    with explained(f"writing {storage}"):
         read_plan(storage)  # refused before a lock makes the folder
         with storage.locked():
             for name in storage.names():
@@ -177,50 +173,6 @@ class _Losses:
         if self._times[key] < DEADLY_TIMES:
             return task
         return dataclasses.replace(task, deadly=(*task.deadly, (key, reason)))
-
-
-@contextlib.contextmanager
-def _explained(storage: Storage):
-    try:
-        yield
-    except OSError as error:
-        raise UserError(explain_os_error(error, f"writing {storage}")) from None
-
-
-def _refuse_inside(storage: Storage, root: Path) -> None:
-    if isinstance(storage, LocalStorage) and (storage.path == root or root in storage.path.parents):
-        raise UserError(f"{storage} lies inside the source {root}; choose a folder outside it")
-
-
-def _refuse_without_rate(source: SourceList) -> None:
-    """Frames that lie about one by one have no frame rate, which is better said before anything is begun."""
-    for video in source.videos:
-        loose = not video.fps and os.path.splitext(video.path)[1].lower() not in VIDEO_EXTENSIONS
-        if loose and (video.path.endswith(".npy") or os.path.isdir(video.path)):
-            raise UserError(f"{printable(video.path)} states no frame rate; give it with --source-fps")
-
-
-def _finished(storage: Storage, prints: dict[str, str]) -> dict[str, pa.Table]:
-    """The rows of the shards that are complete and as planned."""
-    there = set(storage.names("shards"))
-
-    def rows(name: str) -> pa.Table | None:
-        if not {f"{name}.tar", f"{name}.idx", f"{name}.parquet"} <= there:
-            return None
-        try:
-            table = shards.read_parquet(storage.read(f"shards/{name}.parquet"))
-        except (OSError, pa.ArrowInvalid):
-            return None
-        return table if (table.schema.metadata or {}).get(_FINGERPRINT) == prints[name].encode() else None
-
-    with ThreadPoolExecutor(16) as pool:
-        found = zip(prints, pool.map(rows, prints), strict=True)
-        return {name: table for name, table in found if table is not None}
-
-
-def _rejections(tables: Iterable[pa.Table]) -> list[Rejection]:
-    """The sources that finished shards had to leave out."""
-    return [Rejection(*entry) for table in tables for entry in json.loads(table.schema.metadata[_ERRORS])]
 
 
 def _convert_shard(task: ShardTask, report: engines.Report) -> None:
@@ -256,13 +208,8 @@ def _convert_shard(task: ShardTask, report: engines.Report) -> None:
             writer.finish()
         index = dali_index(path)
     storage.write(f"shards/{task.name}.idx", index)
-    metadata = {
-        _FINGERPRINT: task.fingerprint,
-        _ERRORS: json.dumps(errors, ensure_ascii=False),
-        _REENCODED: json.dumps(dict(sorted(reencoded.items()))),
-    }
-    table = pa.Table.from_pylist(rows, shards.SCHEMA).replace_schema_metadata(metadata)
-    storage.write(f"shards/{task.name}.parquet", shards.parquet_bytes(table))
+    # Last, as it says that the others are complete.
+    storage.write(f"shards/{task.name}.parquet", shard_bytes(rows, task.fingerprint, errors, reencoded))
 
 
 def _source_name(video: SourceVideo, root: str) -> str:
@@ -319,21 +266,17 @@ def _finish(
     repaired: tuple[str, ...],
 ) -> Summary:  # fmt: skip
     """Writes errors.parquet, the index and, last of all, dataset.json. rejected: what the scan could not use."""
-    done = _finished(storage, prints)
+    done = finished(storage, prints)
     missing = [name for name in plan["shards"] if name not in done]
     if missing:
         raise UserError(
             f"{storage} lacks {len(missing)} of {len(plan['shards'])} shards, e.g. {missing[0]}: run their slices (or "
             "the whole command) again, then merge"
         )
-    for file in storage.names("shards"):  # what a refresh that was interrupted left behind
-        if not file.startswith(".") and file.rpartition(".")[0] not in prints:
-            storage.delete(f"shards/{file}")
+    for file in strays(storage.names("shards"), prints):  # what a refresh that was interrupted left behind
+        storage.delete(f"shards/{file}")
     tables = [done[name] for name in plan["shards"]]
-    reencoded: Counter[str] = Counter()
-    for table in tables:
-        reencoded.update(json.loads(table.schema.metadata[_REENCODED]))
-    rejected = sorted([*rejected, *_rejections(tables)], key=lambda entry: entry.path)
+    rejected = sorted([*rejected, *rejections(tables)], key=lambda entry: entry.path)
     rows = [dataclasses.asdict(entry) for entry in rejected]
     storage.write("errors.parquet", shards.parquet_bytes(pa.Table.from_pylist(rows, shards.ERROR_SCHEMA)))
     table = pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
@@ -356,7 +299,7 @@ def _finish(
         "video": plan["video"],
         "splits": _split_counts(table),
         "rejected": len(rejected),
-        "reencoded": dict(sorted(reencoded.items())),
+        "reencoded": dict(sorted(reencoded_videos(tables).items())),
         "index_digest": digest,
     }
     storage.write_json("dataset.json", info)

@@ -24,6 +24,7 @@ Lost = Callable[[Any, str, str], Any]
 Run = Callable[..., Iterator[Any]]
 
 PATIENCE = 5.0  # seconds that workers have to stop, before they are made to
+OUTSIDE = "a kill from outside"  # how a worker ended, where its signal is not known
 LOSSES = 3  # of workers on one task without a note of what it was doing, before the run is given up
 
 

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..errors import UserError, explain_os_error
-from ..storage import LocalStorage, Storage, storage_at
+from ..storage import LocalStorage, Storage, refuse_inside, refuse_private, storage_at
 from . import engines
 from .shards import Corrupt, Dataset
 
@@ -144,13 +144,15 @@ def export_parquet(
         raise ValueError(f"row_group_bytes {row_group_bytes} is not between 1 and {1 << 30}")
     dataset, target = Dataset.open(dataset_path), storage_at(out)
     source = dataset.storage
-    if f"{target}/".startswith(f"{source}/"):
-        raise UserError(f"{target} lies inside the data set {source}; choose a folder outside it")
+    refuse_inside(target, source)
+    for place in (source, target):
+        refuse_private(place, workers)
     rows = dataset.rows(split) if split is not None else np.arange(dataset.table.num_rows)
     _check_rows(dataset, rows)
     files = _files(dataset, rows)
     digest = dataset.info["index_digest"]
     try:
+        _is_begun(target)
         with target.locked():
             _adopt(target, _plan(dataset, split, row_group_bytes, len(files)))
             target.remove_leftovers("")
@@ -231,14 +233,19 @@ def _plan(dataset: Dataset, split: str | None, row_group_bytes: int, files: int)
     }
 
 
+def _is_begun(target: Storage) -> bool:
+    """Whether an export was begun there. Raises UserError if other things are there instead."""
+    if target.exists(_PLAN):
+        return True
+    strangers = [name for name in target.names() if not name.startswith(".lock") and not name.endswith(".tmp")]
+    if strangers:
+        raise UserError(f"{target} is not empty and holds no export (found {strangers[0]!r}); choose another folder")
+    return False
+
+
 def _adopt(target: Storage, plan: dict[str, Any]) -> None:
     """Begins an empty folder with this plan, or continues a folder that has the same one."""
-    if not target.exists(_PLAN):
-        strangers = [name for name in target.names() if not name.startswith(".lock") and not name.endswith(".tmp")]
-        if strangers:
-            raise UserError(
-                f"{target} is not empty and holds no export (found {strangers[0]!r}); choose another folder"
-            )
+    if not _is_begun(target):
         target.write_json(_PLAN, plan)
         return
     try:

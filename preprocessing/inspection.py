@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
-from .shards import Dataset, read_parquet
+from ..errors import UserError
+from .index import ERROR_SCHEMA, Corrupt, read_parquet
+from .shards import Dataset
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
@@ -17,7 +19,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
     splits: videos, frames, seconds and bytes of each; classes: videos a split of each; duration_s, fps, width, height
     and gop_frames: minimum, median, maximum; rejected: number of rejected sources by reason.
     """
-    dataset = Dataset.open(path)
+    dataset = Dataset.open(path, checked=True)
     table = dataset.table
     frames, fps = dataset.num_frames, dataset.column("fps")
     splits = table["split"].to_numpy(zero_copy_only=False)
@@ -25,8 +27,12 @@ def inspect(path: str | Path) -> dict[str, Any]:
     lengths = np.diff(offsets.values.to_numpy())
     lengths = lengths[lengths > 0]  # each list ends above where the next begins
     storage = dataset.storage
-    errors = read_parquet(storage.read("errors.parquet")) if storage.exists("errors.parquet") else None
-    reasons = pc.value_counts(errors["stage"]).to_pylist() if errors is not None else []
+    try:
+        errors = read_parquet(storage.read("errors.parquet"), ERROR_SCHEMA)
+    except FileNotFoundError:
+        raise UserError(f"{storage} has lost its errors.parquet; run the same `genkd shard` command again") from None
+    except Corrupt as error:
+        raise UserError(f"errors.parquet in {storage} {error}; run the same `genkd shard` command again") from None
     return {
         "name": dataset.info["name"],
         "format_version": dataset.info["format_version"],
@@ -47,7 +53,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "height": _spread(dataset.column("height")),
         "gop_frames": _spread(lengths),
         "bytes_per_video": _spread(dataset.column("size")),
-        "rejected": {entry["values"]: entry["counts"] for entry in reasons},
+        "rejected": {entry["values"]: entry["counts"] for entry in pc.value_counts(errors["stage"]).to_pylist()},
     }
 
 

@@ -22,6 +22,7 @@ import pyarrow as pa
 
 from ..errors import UserError, explain_os_error
 from ..files import locked, write_atomically, write_json
+from ..storage import refuse_inside, storage_at
 from . import engines
 from .decoding import FRAME_NAME, Frames, VideoError, build_graph, filtered, open_frames, upright_filters
 from .lookup import printable
@@ -68,7 +69,8 @@ def dataset_sources(dataset: Dataset, split: str | None = None) -> SourceList:
 class Written:
     """A finished run. keys: the videos that are complete in `out`; resumed: how many of them earlier runs wrote.
 
-    frames: how many this run wrote; rejected: the sources that could not be used, as in notes/errors.parquet.
+    frames: how many this run wrote; rejected: the sources that could not be used, as in notes/errors.parquet;
+    changed: those that were done before, and have changed since.
     """
 
     out: Path
@@ -77,10 +79,12 @@ class Written:
     resumed: int
     frames: int
     rejected: list[Rejection]
+    changed: tuple[str, ...]
 
 
 def notes_folder(out: Path) -> Path:
-    """OUT.genkd, for errors.parquet, settings and lock: the original's tools take every entry of OUT for a class."""
+    """OUT.genkd, for errors.parquet, sources.json, settings and lock: the original's tools take every entry of OUT for
+    a class."""
     out = Path(out).absolute()
     return out.with_name(f"{out.name}.genkd")
 
@@ -90,6 +94,7 @@ def write_each(
     out: Path,
     settings: dict[str, Any],
     is_done: Callable[[str], bool],
+    output: Callable[[str], Path],
     write: Callable[[SourceVideo, Callable[[], None]], int],
     *,
     workers: int,
@@ -98,8 +103,9 @@ def write_each(
 ) -> Written:
     """Runs `write` for every video of `source` whose key is not done yet, on `workers` processes (0: in this one).
 
-    write(video, beat) puts the video's output below `out`, whole or not at all, and returns its number of frames; it
-    calls beat now and then, which may raise to stop, and raises VideoError for a bad source. settings: what must be
+    write(video, beat) puts the video's output at output(key), whole or not at all, and returns its number of frames;
+    it calls beat now and then, which may raise to stop, and raises VideoError for a bad source. What was written of a
+    source that has another size or time now is written again. settings: what must be
     the same for all runs that write `out`. on_start gets the number of videos and how many are done.
     Raises UserError if `out` holds anything else or is being written, or if no video can be used.
     """
@@ -107,16 +113,17 @@ def write_each(
     notes = notes_folder(out)
     if not source.videos:
         raise UserError(f"{source.root} holds no video")
-    if out == source.root or source.root in out.parents:
-        raise UserError(f"{out} lies inside the source {source.root}; choose a folder outside it")
+    refuse_inside(storage_at(out), storage_at(source.root))
     for video in source.videos:
         parts = video.key.split("/")
         if {"", ".", ".."} & set(parts) or parts[0] == _PARTIAL:
             raise UserError(f"{video.path}: a video with the key {video.key!r} cannot be written below {out}")
     try:
+        _is_begun(out, notes)  # a folder of other things is refused before a lock is put beside it
         with locked(notes, f"another run is writing {out}; wait for it, or stop it first"):
             _adopt(out, notes, settings)
             shutil.rmtree(out / _PARTIAL, ignore_errors=True)
+            changed = _forget_changed(source, notes / "sources.json", is_done, output)
             pending = [video for video in source.videos if not is_done(video.key)]
             on_start(len(source.videos), len(source.videos) - len(pending))
             frames, rejected, bad = _run(source, pending, write, workers, on_videos)
@@ -132,7 +139,7 @@ def write_each(
             f"none of the {len(source.videos)} videos could be used (the first, {first.path}: {first.reason}); all "
             f"reasons are in {notes / 'errors.parquet'}"
         )
-    return Written(out, notes, keys, len(source.videos) - len(pending), frames, rejected)
+    return Written(out, notes, keys, len(source.videos) - len(pending), frames, rejected, changed)
 
 
 @contextlib.contextmanager
@@ -157,21 +164,51 @@ def placing(out: Path, name: str) -> Iterator[Path]:
         raise
 
 
+def _is_begun(out: Path, notes: Path) -> bool:
+    """Whether a run has begun `out`, and not only its notes. Raises UserError if other things are there instead."""
+    if not out.is_dir() or not any(entry.name != _PARTIAL for entry in out.iterdir()):
+        return False
+    if not (notes / "settings.json").exists():
+        raise UserError(f"{out} is not empty, and not a folder that genkd began; choose another folder")
+    return True
+
+
 def _adopt(out: Path, notes: Path, settings: dict[str, Any]) -> None:
     """Begins an empty folder with these settings, or continues one that has the same."""
     out.mkdir(exist_ok=True)
     path = notes / "settings.json"
-    if not any(entry.name != _PARTIAL for entry in out.iterdir()):
+    if not _is_begun(out, notes):
         write_json(path, settings)
         return
     try:
         old = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{out} is not empty, and not a folder that genkd began; choose another folder") from None
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise UserError(f"{path} is damaged; delete {out} and run again") from None
     if old != settings:
         raise UserError(f"{out} was begun with other settings ({old} there, {settings} now); choose another folder")
+
+
+def _forget_changed(
+    source: SourceList, path: Path, is_done: Callable[[str], bool], output: Callable[[str], Path]
+) -> tuple[str, ...]:
+    """Deletes what was written of sources that are others now, then notes at path how all are; returns their keys."""
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        known = {}
+    except ValueError:
+        known = None
+    if not isinstance(known, dict):
+        raise UserError(f"{path} is damaged; delete the whole output and run again, or that file to keep what is there")
+    states = {video.key: [video.size, video.mtime_ns] for video in source.videos}
+    changed = tuple(key for key, state in states.items() if known.get(key, state) != state and is_done(key))
+    for key in changed:
+        if output(key).is_dir():
+            shutil.rmtree(output(key))
+        else:
+            output(key).unlink()
+    write_atomically(path, json.dumps({**known, **states}, ensure_ascii=False).encode())
+    return changed
 
 
 def _run(
@@ -249,6 +286,7 @@ def write_frames(
         out,
         {"format": "frames", "height": height, "quality": quality, "flat": flat},
         lambda key: (out / key / "n_frames").is_file(),
+        lambda key: out / key,
         functools.partial(_write_folder, out=out, height=height, quality=quality),
         workers=workers,
         on_start=on_start,

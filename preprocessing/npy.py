@@ -20,8 +20,7 @@ from ..files import write_atomically, write_json
 from .decoding import VideoError, open_frames
 from .flow import FlowSettings, one_thread
 from .interop import Written, images, notes_folder, placing, write_each
-from .lookup import printable
-from .sources import SourceList, SourceVideo
+from .sources import MAX_FPS, MIN_FPS, SourceList, SourceVideo, source_video
 
 _COLUMNS = ("video", "fps", "sample_fps", "count", "sample_count")
 
@@ -65,8 +64,8 @@ def write_npy(
     so a killed run is continued by the next; a bad source, or one slower than sample_fps, is recorded in
     OUT.genkd/errors.parquet and the run goes on. Raises UserError for values out of range, and as write_each does.
     """
-    if not 0 < sample_fps <= 1000:
-        raise UserError(f"sample rate {sample_fps} is not between 0 and 1000 frames/s")
+    if not MIN_FPS <= sample_fps <= MAX_FPS:
+        raise UserError(f"sample rate {sample_fps:g} is not between {MIN_FPS:g} and {MAX_FPS:g} frames/s")
     if not 16 <= resolution <= 4096:
         raise UserError(f"resolution {resolution} is not between 16 and 4096 pixels")
     out, sample_fps = Path(out).absolute(), float(sample_fps)
@@ -75,6 +74,7 @@ def write_npy(
         out,
         {"format": "npy", "sample_fps": sample_fps, "resolution": resolution},
         lambda key: (out / f"{key}.npy").is_file() and _read_info(out, key) is not None,
+        lambda key: out / f"{key}.npy",
         functools.partial(_write_rgb, out=out, sample_fps=sample_fps, resolution=resolution),
         workers=workers,
         on_start=on_start,
@@ -155,16 +155,14 @@ def write_flow_npy(
     paths = sorted(path for path in arrays.rglob("*.npy") if not path.name.startswith("."))
     if not paths:
         raise UserError(f"{arrays} holds no .npy array")
-    videos = tuple(
-        # The frame rate has no part in it.
-        SourceVideo(printable(path.relative_to(arrays).as_posix()[:-4]), str(path), "", -1, 0, fps=1)
-        for path in paths
-    )
+    # The frame rate has no part in it.
+    videos = tuple(source_video(str(path), arrays, "", -1, source_fps=1.0) for path in paths)
     return write_each(
         SourceList(arrays.name, arrays, (), videos),
         out,
         {"format": "flow npy", "method": method, "bound": bound},
         lambda key: (out / f"{key}.npy").is_file(),
+        lambda key: out / f"{key}.npy",
         functools.partial(_write_flow, out=out, settings=settings),
         workers=workers,
         on_start=on_start,

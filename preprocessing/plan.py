@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -13,15 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ..errors import UserError
 from ..storage import Storage
 from . import shards
+from .index import Corrupt
 from .sources import Rejection, SourceList, SourceVideo, printable
 
 TARGET_SHARD_BYTES = 256 << 20  # of source files
 MIN_SHARDS = 64  # a data set, so that a small one still spreads over workers
 _SOURCES = "sources.parquet"
+_INFO = {
+    "format_version": int, "name": str, "classes": list, "modality": str, "video": dict, "sources": dict,
+    "shards": list,
+}  # fmt: skip
 _SCHEMA = pa.schema(
     [("key", pa.string()), ("path", pa.string()), ("split", pa.string()), ("label", pa.int32()), ("size", pa.int64()),
      ("mtime_ns", pa.int64()), ("content", pa.string()), ("shard", pa.string())]
@@ -82,18 +89,43 @@ def make_plan(source: SourceList, settings: Any, kept: Mapping[str, str] | None 
     return Plan(info, assignment, source.rejected)
 
 
-def adopt(storage: Storage, source: SourceList, settings: Any, *, refresh: bool) -> Plan:
+@dataclass(frozen=True)
+class Outlook:
+    """The plan that a run has to follow, and how the folder stands to it.
+
+    noted: plan.json and sources.parquet say so already; complete: no video is new, changed or gone, so that a finished
+    data set stays one; stale: finished shards that are to be written again.
+    """
+
+    plan: Plan
+    noted: bool
+    complete: bool
+    stale: frozenset[str] = frozenset()
+
+
+def adopt(storage: Storage, source: SourceList, settings: Any, *, refresh: bool, alone: bool = True) -> Plan:
     """Begins an empty folder with a new plan, or continues a folder that was begun with the same settings and sources.
 
     Sources that changed since are refused by name; with refresh they are converted again: existing videos keep their
-    shards, new ones get new shards, and only the shards concerned are written. Raises UserError.
+    shards, new ones get new shards, and only the shards concerned are written. alone: whether the run has the folder
+    to itself; slices, which have not, change the plan one after the other. Raises UserError.
     """
-    if not storage.exists("plan.json"):
-        _refuse_strangers(storage)
-        plan = make_plan(source, settings)
-        _write(storage, source.root, plan)
-        return plan
+    while not (outlook := look(storage, source, settings, refresh=refresh)).noted:
+        with contextlib.nullcontext(True) if alone else storage.turn() as mine:
+            if mine:
+                if not alone:
+                    outlook = look(storage, source, settings, refresh=refresh)
+                _note(storage, source.root, outlook)
+                break
+    return outlook.plan
+
+
+def look(storage: Storage, source: SourceList, settings: Any, *, refresh: bool) -> Outlook:
+    """What `adopt` would do, without doing it. Raises UserError."""
+    if not is_begun(storage):
+        return Outlook(make_plan(source, settings), noted=False, complete=True)
     old, table = read_plan(storage)
+    _refuse_other_classes(storage, old["classes"], source.classes)
     before = {row["key"]: row for row in table.to_pylist()}
     plan = make_plan(source, settings, {key: row["shard"] for key, row in before.items()})
     changed = _settings_changed(old, plan.info)
@@ -103,36 +135,71 @@ def adopt(storage: Storage, source: SourceList, settings: Any, *, refresh: bool)
             "delete that one, or use the same settings to continue it"
         )
     differences = _sources_changed(before, source)
-    if not differences and old == plan.info:
-        return plan
-    # Without differences, a refresh was interrupted between its two files.
     if differences and not refresh:
         named = "; ".join(f"{key} {what}" for key, what in list(differences.items())[:3])
         raise UserError(
             f"{len(differences)} sources changed since {storage} was begun ({named}); add --refresh to bring the data "
             "set up to date, or restore them"
         )
-    # From here on the data set is incomplete: its description goes first, and the new plan is written last.
-    storage.delete("dataset.json")
-    for name in {before[key]["shard"] for key in differences if key in before}:
-        storage.delete(f"shards/{name}.parquet")
-    _write(storage, source.root, plan)
-    return plan
+    # Without differences, but with another plan, a refresh was interrupted between its two files.
+    complete = not differences and old == plan.info
+    stale = frozenset(before[key]["shard"] for key in differences if key in before)
+    return Outlook(plan, complete and scan_rejections(table) == list(plan.rejected), complete, stale)
+
+
+def is_begun(storage: Storage) -> bool:
+    """Whether a conversion was begun there. Raises UserError if other things are there instead."""
+    names = storage.names()  # before the question for plan.json, as another slice may write it in between
+    if storage.exists("plan.json"):
+        return True
+    strangers = [name for name in names if not name.startswith((".lock", _SOURCES)) and not name.endswith(".tmp")]
+    if "dataset.json" in strangers:
+        raise UserError(
+            f"{storage} has lost its plan.json, without which it cannot be continued; restore it, or choose another "
+            "folder"
+        )
+    if strangers:
+        raise UserError(
+            f"{storage} is not empty and holds no genkd data set (found {strangers[0]!r}); choose another folder"
+        )
+    return False
 
 
 def read_plan(storage: Storage) -> tuple[dict[str, Any], pa.Table]:
     """plan.json and sources.parquet of a folder. Raises UserError if one is missing or damaged."""
+    if not storage.exists("plan.json"):
+        raise UserError(f"{storage} holds no conversion that was begun: it lacks plan.json")
     try:
-        plan, sources = storage.read("plan.json"), storage.read(_SOURCES)
+        return read_info(storage), read_sources(storage)
+    except Corrupt as error:
+        raise UserError(f"{error} in {storage}; restore it, or choose another folder") from None
+
+
+def read_info(storage: Storage) -> dict[str, Any]:
+    """plan.json. Raises Corrupt."""
+    try:
+        info = json.loads(storage.read("plan.json"))
     except FileNotFoundError:
-        raise UserError(f"{storage} holds no conversion that was begun: it lacks plan.json or {_SOURCES}") from None
+        raise Corrupt("plan.json is missing") from None
+    except (ValueError, RecursionError):
+        info = None
+    if not isinstance(info, dict) or not all(isinstance(info.get(key), kind) for key, kind in _INFO.items()):
+        raise Corrupt("plan.json is damaged")
+    return info
+
+
+def read_sources(storage: Storage) -> pa.Table:
+    """sources.parquet. Raises Corrupt."""
     try:
-        info, table = json.loads(plan), shards.read_parquet(sources)
-    except (json.JSONDecodeError, UnicodeDecodeError, pa.ArrowInvalid, OSError):
-        info, table = None, None
-    if not isinstance(info, dict) or "shards" not in info or table is None or table.schema.names != _SCHEMA.names:
-        raise UserError(f"plan.json or {_SOURCES} in {storage} is damaged; restore it, or choose another folder")
-    return info, table
+        table = shards.read_parquet(storage.read(_SOURCES), _SCHEMA)
+        scan_rejections(table)
+        if not pc.all(pc.match_substring_regex(table["shard"], r"^\w[\w.-]*-\d{5,}$")).as_py():
+            raise Corrupt("names shards that no plan does")
+    except FileNotFoundError:
+        raise Corrupt(f"{_SOURCES} is missing") from None
+    except (Corrupt, KeyError, ValueError, TypeError):
+        raise Corrupt(f"{_SOURCES} is damaged") from None
+    return table
 
 
 def planned_fingerprints(info: dict[str, Any], table: pa.Table) -> dict[str, str]:
@@ -155,7 +222,15 @@ def scan_rejections(table: pa.Table) -> list[Rejection]:
     return [Rejection(*entry) for entry in json.loads(table.schema.metadata[b"genkd.rejected"])]
 
 
-def _write(storage: Storage, root: Path, plan: Plan) -> None:
+def _note(storage: Storage, root: Path, outlook: Outlook) -> None:
+    if outlook.noted:  # by another slice, meanwhile
+        return
+    plan = outlook.plan
+    if not outlook.complete:
+        # From here on the data set is incomplete: its description goes first, and the new plan is written last.
+        storage.delete("dataset.json")
+        for name in sorted(outlook.stale):
+            storage.delete(f"shards/{name}.parquet")
     rows = [
         {"key": video.key, "path": printable(os.path.relpath(video.path, root)), "split": video.split,
          "label": video.label, "size": video.size, "mtime_ns": video.mtime_ns, "content": _content(video),
@@ -175,15 +250,6 @@ def _content(video: SourceVideo) -> str:
     return json.dumps([video.start_s, video.end_s, video.fps, video.annotations])
 
 
-def _refuse_strangers(storage: Storage) -> None:
-    ours = (".lock", _SOURCES)
-    strangers = [name for name in storage.names() if not name.startswith(ours) and not name.endswith(".tmp")]
-    if strangers:
-        raise UserError(
-            f"{storage} is not empty and holds no genkd data set (found {strangers[0]!r}); choose another folder"
-        )
-
-
 def _sources_changed(before: dict[str, dict[str, Any]], source: SourceList) -> dict[str, str]:
     """What differs, by key."""
     found: dict[str, str] = {}
@@ -200,6 +266,17 @@ def _sources_changed(before: dict[str, dict[str, Any]], source: SourceList) -> d
     keys = {video.key for video in source.videos}
     found.update({key: "is gone" for key in before if key not in keys})
     return found
+
+
+def _refuse_other_classes(storage: Storage, old: list[str], new: tuple[str, ...]) -> None:
+    if old == list(new):
+        return
+    named = [*(f"{name!r} is new" for name in new if name not in old),
+             *(f"{name!r} is gone" for name in old if name not in new)]  # fmt: skip
+    raise UserError(
+        f"the classes are not those that {storage} was begun with ({', '.join(named[:4]) or 'their order differs'}), "
+        "which renumbers the labels of all videos; convert into a new folder"
+    )
 
 
 def _settings_changed(old: Any, new: Any, name: str = "") -> list[str]:

@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import logging
+import os
 import re
+import signal
 import socket
+import tempfile
 import time
+import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .engines import LOSSES, Lost, Note
+from ..files import process_lives
+from .engines import LOSSES, OUTSIDE, Lost, Note
 
 _SEND_SECONDS = 0.5
+_ASK_SECONDS = 60.0
+_CRASH_FILE = "genkd-crash-"  # then the process, in the folder for temporary files
+_CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A worker's first letter: the node it is on, and the file there that a crash would be noted in."""
+
+    node: str
+    file: str
 
 
 class Mailbox:
@@ -44,7 +63,8 @@ def run_ray(
 
     address: of a running cluster, as ray.init takes it ("auto", "ray://HOST:10001", "HOST:6379"); None starts one on
     this machine. workers: at the most so many tasks at once. A task whose worker or node is lost runs again, as
-    on_lost(task, note, reason) returns it, its reports taken back (they have to support `-event`). genkd has to be
+    on_lost(task, note, reason) returns it, its reports taken back (they have to support `-event`). reason: the signal
+    of a crash, OUTSIDE for any other end of a worker, of which Ray does not tell the cause. genkd has to be
     installed on every node, and what tasks write has to be a file system or URL that all of them see.
     Raises UserError.
     """
@@ -88,13 +108,14 @@ class _RayRun:
         self._call = ray.remote(num_cpus=1, max_retries=0)(_call)
         self._tasks = list(tasks)
         self._attempts, self._losses, self._notes = [0] * len(tasks), [0] * len(tasks), [""] * len(tasks)
+        self._places: list[_Begun | None] = [None] * len(tasks)
         self._heard: dict[int, list[Any]] = defaultdict(list)
         self.running: dict[Any, int] = {}
 
     def begin(self, task: int) -> None:
         """Hands a task to the cluster."""
         self._attempts[task] += 1
-        self._notes[task] = ""
+        self._notes[task], self._places[task] = "", None
         future = self._call.remote(self._function, self._tasks[task], self._mailbox, task, self._attempts[task])
         self.running[future] = task
 
@@ -106,6 +127,8 @@ class _RayRun:
             for event in events:
                 if isinstance(event, Note):
                     self._notes[task] = event.text
+                elif isinstance(event, _Begun):
+                    self._places[task] = event
                 else:
                     self._heard[task].append(event)
                     self._on_report(event)
@@ -126,9 +149,9 @@ class _RayRun:
                 self._on_report(-event)
             self._losses[task] += 1
             # A lost node, or one short of memory, says nothing against what was worked on there.
-            innocent = isinstance(error, (errors.NodeDiedError, errors.OutOfMemoryError))
-            if self._on_lost and self._notes[task] and not innocent:
-                self._tasks[task] = self._on_lost(self._tasks[task], self._notes[task], type(error).__name__)
+            guilty = isinstance(error, errors.WorkerCrashedError)
+            if self._on_lost and self._notes[task] and guilty:
+                self._tasks[task] = self._on_lost(self._tasks[task], self._notes[task], self._crash(task) or OUTSIDE)
             elif self._losses[task] >= LOSSES:
                 raise UserError(
                     f"a worker was lost {LOSSES} times on the same task ({type(error).__name__}); what is finished is "
@@ -137,6 +160,18 @@ class _RayRun:
             raise _Lost from None
         self._heard.pop(task, None)
         return result
+
+    def _crash(self, task: int) -> str:
+        """Of which signal a task's worker crashed, asked on the node it was on; "" if it was killed, or none knows."""
+        place = self._places[task]
+        if place is None:
+            return ""
+        there = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(place.node, False)
+        try:
+            ask = self._ray.remote(num_cpus=0, scheduling_strategy=there)(_crash_in)
+            return self._ray.get(ask.remote(place.file), timeout=_ASK_SECONDS)
+        except self._ray.exceptions.RayError:
+            return ""
 
     def end(self) -> None:
         """Stops what still runs; the cluster may be gone, and what stopped the run is raised already."""
@@ -176,7 +211,7 @@ def _call(function: Callable, task: Any, mailbox: Any, number: int, attempt: int
     def report(event: Any) -> None:
         nonlocal sent
         waiting.append(event)
-        if isinstance(event, Note) or time.monotonic() - sent > _SEND_SECONDS:
+        if isinstance(event, (Note, _Begun)) or time.monotonic() - sent > _SEND_SECONDS:
             send()
 
     def send() -> None:
@@ -185,6 +220,41 @@ def _call(function: Callable, task: Any, mailbox: Any, number: int, attempt: int
         waiting.clear()
         sent = time.monotonic()
 
-    result = function(task, report)
+    file = os.path.join(tempfile.gettempdir(), f"{_CRASH_FILE}{os.getpid()}-{uuid.uuid4().hex}")
+    with _noting_crashes(file):
+        report(_Begun(ray.get_runtime_context().get_node_id(), file))
+        result = function(task, report)
     send()
     return result
+
+
+@contextlib.contextmanager
+def _noting_crashes(path: str) -> Iterator[None]:
+    """Lets a crash of this process leave its signal in a file, which is deleted where there was none."""
+    for old in Path(tempfile.gettempdir()).glob(f"{_CRASH_FILE}*"):  # of workers that were killed
+        process = old.name.removeprefix(_CRASH_FILE).split("-")[0]
+        with contextlib.suppress(OSError):
+            if process.isdigit() and not process_lives(int(process)) and not old.stat().st_size:
+                old.unlink()
+    before = faulthandler.is_enabled()
+    with open(path, "w") as file:
+        faulthandler.enable(file, all_threads=False)
+        try:
+            yield
+        finally:
+            faulthandler.disable()
+            os.unlink(path)
+    if before:
+        faulthandler.enable(all_threads=False)
+
+
+def _crash_in(path: str) -> str:
+    """The signal that _noting_crashes left in a file, which is deleted; "" if there is none."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            head = file.readline()
+        os.unlink(path)
+    except OSError:
+        return ""
+    told = head.removeprefix("Fatal Python error: ").strip().lower().replace("-", " ")
+    return next((number.name for number in _CRASHES if (signal.strsignal(number) or "").lower() == told), "")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import io
 import itertools
 import json
 import tarfile
@@ -18,47 +16,24 @@ import google_crc32c
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.ipc
-import pyarrow.parquet as pq
 
 from ..errors import UserError
 from ..storage import LocalStorage, Storage, storage_at
-
-FORMAT_VERSION = 1
-MAX_PAYLOAD = 8 << 30  # bytes; what a plain tar header can say
-
-SCHEMA = pa.schema(
-    [
-        ("key", pa.string()),
-        ("split", pa.string()),
-        ("label", pa.int32()),
-        (
-            "annotations",
-            pa.list_(pa.struct([("start_s", pa.float64()), ("end_s", pa.float64()), ("label", pa.int32())])),
-        ),
-        ("shard", pa.string()),
-        ("offset", pa.int64()),
-        ("size", pa.int64()),
-        ("header_size", pa.int64()),
-        ("gop_offsets", pa.list_(pa.int64())),
-        ("gop_frames", pa.list_(pa.int32())),
-        ("gop_crc32c", pa.list_(pa.uint32())),
-        ("num_frames", pa.int32()),
-        ("fps", pa.float64()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("codec", pa.string()),
-        ("crc32c", pa.uint32()),
-        ("source", pa.string()),
-        ("source_fps", pa.float64()),
-        ("source_frames", pa.int32()),
-    ]
+from .index import (  # noqa: F401 (this module stands for all of the format)
+    ERROR_SCHEMA,
+    FORMAT_VERSION,
+    SCHEMA,
+    Corrupt,
+    arrow_bytes,
+    description,
+    digest_of,
+    index_table,
+    parquet_bytes,
+    read_index,
+    read_parquet,
 )
-ERROR_SCHEMA = pa.schema([("path", pa.string()), ("stage", pa.string()), ("reason", pa.string())])
 
-
-class Corrupt(UserError):
-    """Stored bytes that are not what the index says; the text names key, shard and what differs."""
+MAX_PAYLOAD = 8 << 30  # bytes; what a plain tar header can say
 
 
 class Sink(Protocol):
@@ -195,18 +170,6 @@ def tar_name(key: str) -> str:
     return folder + separator + name.replace(".", "%2E")
 
 
-def parquet_bytes(table: pa.Table) -> bytes:
-    """A table as a zstd Parquet file in memory."""
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
-    return buffer.getvalue()
-
-
-def read_parquet(data: bytes) -> pa.Table:
-    """A Parquet file in memory as a table, read by this thread alone: pq.read_table starts threads for every file."""
-    return pq.ParquetFile(io.BytesIO(data)).read(use_threads=False)
-
-
 @dataclass(frozen=True)
 class Video:
     """One row of the index. Offsets are bytes from the payload's start; gop_frames end with num_frames.
@@ -239,28 +202,17 @@ class Dataset:
         self.storage, self.info, self.table = storage, info, table
 
     @classmethod
-    def open(cls, place: str | Path) -> Dataset:
+    def open(cls, place: str | Path, *, checked: bool = False) -> Dataset:
         """Opens DATASET, a path or fsspec URL.
 
-        Raises UserError if it is missing, incomplete, damaged or of another format version.
+        checked: takes the rows from index.parquet, whose digest is known, and not from its memory-mapped copy: for
+        work that goes over all of them anyway. Raises UserError if the data set is missing, incomplete, damaged or of
+        another format version.
         """
         storage = storage_at(place)
-        try:
-            info = json.loads(storage.read("dataset.json"))
-        except (FileNotFoundError, NotADirectoryError):
-            if storage.exists("plan.json"):
-                raise UserError(
-                    f"{storage}: the conversion is not finished; run the same `genkd shard` command again"
-                ) from None
-            raise UserError(f"{storage} is no genkd data set: it has no dataset.json") from None
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            raise UserError(f"dataset.json in {storage} is damaged; make the data set again") from None
-        version = info.get("format_version") if isinstance(info, dict) else None
-        if version != FORMAT_VERSION:
-            raise UserError(f"{storage} has format version {version!r}; this genkd reads version {FORMAT_VERSION}")
-        if not {"classes", "video", "splits", "index_digest"} <= info.keys():
-            raise UserError(f"dataset.json in {storage} is damaged; make the data set again")
-        return cls(storage, info, _index_table(storage, info["index_digest"]))
+        info = description(storage)
+        rows = read_index if checked else index_table
+        return cls(storage, info, rows(storage, info["index_digest"]))
 
     @property
     def path(self) -> Path:
@@ -321,52 +273,6 @@ _VIDEO_COLUMNS = [name for name in Video.__dataclass_fields__ if name != "row"]
 def is_shard_name(name: str) -> bool:
     """Whether an index entry names a file of the data set's shards folder, and nothing outside it."""
     return "/" not in name and "\\" not in name and not name.startswith(".") and name.endswith(".tar")
-
-
-def _index_table(storage: Storage, digest: str) -> pa.Table:
-    """The index, memory-mapped from index.arrow; that file is made anew from index.parquet when it does not match."""
-    if not isinstance(storage, LocalStorage):
-        return read_index_parquet(storage)
-    cache = storage.path / "index.arrow"
-    try:
-        table = pa.ipc.open_file(pa.memory_map(str(cache))).read_all()
-        if (table.schema.metadata or {}).get(b"index_digest") == digest.encode():
-            return table
-    except (FileNotFoundError, pa.ArrowInvalid):
-        pass
-    table = read_index_parquet(storage)
-    try:
-        storage.write("index.arrow", arrow_bytes(table, digest))
-    except OSError:  # a read-only data set still works, only slower to open
-        return table
-    return pa.ipc.open_file(pa.memory_map(str(cache))).read_all()
-
-
-def read_index_parquet(storage: Storage) -> pa.Table:
-    """index.parquet as one table, checked against the format's columns."""
-    try:
-        table = read_parquet(storage.read("index.parquet"))
-    except FileNotFoundError:
-        raise UserError(f"{storage} has lost its index.parquet; run the same `genkd shard` command again") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"index.parquet in {storage} cannot be read ({error}); make the data set again") from None
-    if table.schema.names != SCHEMA.names:
-        raise UserError(f"index.parquet in {storage} has other columns than format version {FORMAT_VERSION}")
-    return table.combine_chunks()
-
-
-def arrow_bytes(table: pa.Table, digest: str) -> bytes:
-    """index.arrow: the rows as uncompressed Arrow IPC, marked with the index digest they belong to."""
-    sink = pa.BufferOutputStream()
-    table = table.cast(SCHEMA).replace_schema_metadata({"index_digest": digest})
-    with pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table)
-    return sink.getvalue().to_pybytes()
-
-
-def digest_of(data: bytes) -> str:
-    """The digest that dataset.json records for index.parquet."""
-    return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
 def sidecar_bytes(row: Mapping[str, Any], classes: Sequence[str]) -> bytes:

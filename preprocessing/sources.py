@@ -24,6 +24,7 @@ from .lookup import (
     video_stem,
 )
 
+MIN_FPS, MAX_FPS = 0.01, 1000.0  # what is taken for a frame rate that somebody gives
 SPLIT_NAMES = ("train", "training", "val", "validation", "valid", "test", "testing")
 
 
@@ -162,9 +163,11 @@ def source_video(
 ) -> SourceVideo:
     """The record of a video file, .npy array or frame folder at `path` below `root`; fields: further ones, or a key.
 
-    source_fps is set on arrays and frame folders only. A frame folder's size is the sum of its frames', its time
-    that of the newest.
+    source_fps is set on arrays and frame folders only; UserError for one that is no frame rate. A frame folder's size
+    is the sum of its frames', its time that of the newest.
     """
+    if source_fps is not None and not MIN_FPS <= source_fps <= MAX_FPS:
+        raise UserError(f"a source's frame rate {source_fps:g} is not between {MIN_FPS:g} and {MAX_FPS:g}")
     key = _below(path, root)
     is_frames, size, mtime_ns = False, 0, 0
     with contextlib.suppress(OSError):  # a dangling link: the worker that opens it reports the reason

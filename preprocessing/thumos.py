@@ -37,9 +37,10 @@ def thumos14(
 
     Videos lie in ROOT/validation and ROOT/test (or the folders' published names), or in ROOT; arrays at 10 frames a
     second in ROOT/validation_npy and ROOT/test_npy, with flow=True in validation_flow_npy and test_flow_npy.
-    annotations: the folder of val_Annotation.csv, test_Annotation.csv, `Class Index_Detection.txt` and, for the rate
-    of arrays where source_fps is None, val_video_info.csv and test_video_info.csv; else looked for in ROOT,
-    annotations and thumos_annotations in ROOT and beside it. A key is a video's name.
+    annotations: the folder of val_Annotation.csv, test_Annotation.csv and `Class Index_Detection.txt`; else looked for
+    in ROOT, annotations and thumos_annotations in ROOT and beside it. The rate of arrays is source_fps, or what
+    val_video_info.csv and test_video_info.csv say: those beside the arrays or in ROOT, written with them, before
+    those of the annotations. A key is a video's name.
     Class 0 is Background, 1 to 20 are those of the index file. Annotations of the class Ambiguous are dropped;
     videos without any other are recorded as rejected; those never annotated are left out. Some annotations end
     after their video.
@@ -56,13 +57,13 @@ def thumos14(
             kept = actions.setdefault(row["video"], [])
             if row["label"]:
                 kept.append(Annotation(row["start"], row["end"], row["label"]))
-        info = _info(folder, split)
+        rates = _Rates(split, (root, folder))
         for name, kept in actions.items():
             path = next((path for place in places if (path := finder.find(os.path.join(place, name)))), None)
             if path and not kept:
                 rejected.append(Rejection(printable(name), "scan", "all its annotations are of the class Ambiguous"))
             elif path:
-                fps = source_fps or (info[name]["sample_fps"] if path.endswith(".npy") and name in info else None)
+                fps = rates.of(path, name) if source_fps is None and path.endswith(".npy") else source_fps
                 actions_by_time = tuple(sorted(kept))
                 videos.append(
                     source_video(path, root, split, -1, fps, key=printable(name), annotations=actions_by_time)
@@ -153,10 +154,23 @@ def _read_rows(path: Path, number_of: dict[int, int]) -> Iterator[dict[str, Any]
         yield {**row, "label": number_of.get(row["type_idx"], 0)}
 
 
-def _info(folder: Path, split: str) -> dict[str, dict[str, Any]]:
-    """Frame counts and rates by video name: of the file, and of the array made of it; empty without the file."""
-    path = folder / f"{split}_video_info.csv"
-    return _read_info(path) if path.is_file() else {}
+class _Rates:
+    """Frame rates of arrays by the SPLIT_video_info.csv files beside them and in `places`, each read once."""
+
+    def __init__(self, split: str, places: tuple[Path, ...]):
+        self._name, self._places = f"{split}_video_info.csv", places
+        self._read: dict[Path, dict[str, dict[str, Any]]] = {}
+
+    def of(self, path: str, name: str) -> float | None:
+        """Of the array at `path` of the video `name`; None if no file lists it."""
+        for place in (Path(path).parent, *self._places):
+            if place not in self._read:
+                file = place / self._name
+                self._read[place] = _read_info(file) if file.is_file() else {}
+            row = self._read[place].get(name) or self._read[place].get(printable(name))
+            if row:
+                return row["sample_fps"]
+        return None
 
 
 def _read_info(path: Path) -> dict[str, dict[str, Any]]:

@@ -17,10 +17,12 @@ from ..errors import UserError
 from .decoding import Frames, VideoError, build_graph, filtered, is_turned, open_frames, upright_filters
 from .remux import Misfit, remux
 from .shards import Encoded, Sink
-from .sources import SourceVideo
+from .sources import MAX_FPS, MIN_FPS, SourceVideo
 
 CODECS = ("h264", "hevc", "vp9", "mjpeg", "copy")
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow", "placebo")
+# x264 takes 0 for lossless, and writes a profile then that NVDEC does not decode.
+_CRF_RANGES = {"h264": (1, 51), "copy": (1, 51), "hevc": (0, 51), "vp9": (0, 63), "mjpeg": (0, 63)}
 # One fragment a key frame; no trailing index, so that the payload ends with its last GOP.
 MUXER = {"movflags": "frag_keyframe+empty_moov+default_base_moof+skip_trailer", "fflags": "+bitexact"}
 
@@ -47,14 +49,15 @@ class VideoSettings:
             raise UserError(f"unknown codec {self.codec!r}; there are {', '.join(CODECS)}")
         if self.short_side and not 16 <= self.short_side <= 4096:
             raise UserError(f"short side {self.short_side} is not between 16 and 4096 pixels (0 keeps the source's)")
-        if self.fps is not None and not 0 < self.fps <= 1000:
-            raise UserError(f"fps {self.fps} is not between 0 and 1000")
+        if self.fps is not None and not MIN_FPS <= self.fps <= MAX_FPS:
+            raise UserError(f"fps {self.fps:g} is not between {MIN_FPS:g} and {MAX_FPS:g}")
         if not 1 <= self.gop <= 1000:
             raise UserError(f"gop {self.gop} is not between 1 and 1000 frames")
         if self.preset not in PRESETS:
             raise UserError(f"unknown preset {self.preset!r}; x264 has {', '.join(PRESETS)}")
-        if self.crf is not None and not 0 <= self.crf <= 63:
-            raise UserError(f"crf {self.crf} is not between 0 and 63")
+        least, most = _CRF_RANGES[self.codec]
+        if self.crf is not None and not least <= self.crf <= most:
+            raise UserError(f"crf {self.crf} is not between {least} and {most}, as {self.codec} has it")
         if self.size is not None:
             match = re.fullmatch(r"(\d+)x(\d+)", self.size)
             if not match or not all(16 <= int(side) <= 8192 and int(side) % 2 == 0 for side in match.groups()):

@@ -118,12 +118,13 @@ def test_ctrl_c_stops_a_worker_that_does_not_report(module, monkeypatch):
     assert time.monotonic() - began < 20 and not multiprocessing.active_children()
 
 
-def test_a_worker_that_the_system_kills_at_a_video_stops_the_run_and_blames_no_source():
+@pytest.mark.parametrize("reason", ["SIGKILL", engines.OUTSIDE])
+def test_a_worker_that_the_system_kills_at_a_video_stops_the_run_and_blames_no_source(reason):
     losses, task = _Losses(), ShardTask("train-00000", "", "", (), (), None, False, "")
     for _ in range(2):
-        assert losses(task, "a/good", "SIGKILL") is task
-    with pytest.raises(UserError, match=r"SIGKILL ended the process that converted a/good.*--workers"):
-        losses(task, "a/good", "SIGKILL")
+        assert losses(task, "a/good", reason) is task
+    with pytest.raises(UserError, match=rf"{reason} ended the process that converted a/good.*--workers"):
+        losses(task, "a/good", reason)
 
 
 def test_an_unknown_engine_is_refused():

@@ -1,4 +1,5 @@
 import dataclasses
+import os
 import shutil
 import subprocess
 
@@ -10,7 +11,9 @@ import pytest
 from genkd.errors import UserError
 from genkd.files import locked
 from genkd.preprocessing import shards, sources
+from genkd.preprocessing.convert import convert
 from genkd.preprocessing.decoding import open_frames, rgb_frames
+from genkd.preprocessing.export import export_parquet
 from genkd.preprocessing.interop import dataset_sources, images, notes_folder, write_frames
 from genkd.preprocessing.lists import frame_counter
 from genkd.preprocessing.sources import Rejection, SourceList, SourceVideo
@@ -283,3 +286,50 @@ def test_flow_arrays_are_not_scaled(tmp_path):
         write_frames(source, tmp_path / "out", workers=0)
     write_frames(source, tmp_path / "kept", height=0, workers=0)
     assert read_images(tmp_path / "kept" / "a")[0].shape == (16, 32, 3)
+
+
+def test_frames_of_a_source_that_changed_are_written_again(tmp_path, videos):
+    names = sorted((videos / "UCF-101" / "Bob").iterdir())
+    (tmp_path / "in").mkdir()
+    for name, path in zip(("a.avi", "b.avi"), names, strict=False):
+        shutil.copy(path, tmp_path / "in" / name)
+
+    def write():
+        found = [sources.source_video(str(path), tmp_path / "in", "train", 0) for path in files]
+        return write_frames(sources.SourceList("in", tmp_path / "in", (), tuple(found)), tmp_path / "out", workers=0)
+
+    files = [tmp_path / "in" / "a.avi", tmp_path / "in" / "b.avi"]
+    assert write().changed == ()
+    before = {path: path.stat().st_mtime_ns for path in sorted((tmp_path / "out").glob("*/image_*.jpg"))}
+    shutil.copy(names[2], files[1])
+    os.utime(files[1], ns=(5, 5))
+    done = write()
+    assert (done.changed, done.resumed) == (("b",), 1)
+    after = {path: path.stat().st_mtime_ns for path in sorted((tmp_path / "out").glob("*/image_*.jpg"))}
+    assert {path.parent.name for path in after if after[path] != before.get(path)} == {"b"}
+    assert write().changed == () and write().resumed == 2
+    (tmp_path / "out.genkd" / "sources.json").write_text("{")
+    with pytest.raises(UserError, match=r"sources\.json is damaged; delete"):
+        write()
+
+
+def test_an_output_that_a_link_leads_into_the_source_is_refused(videos, data, tmp_path):
+    (tmp_path / "link").symlink_to(videos / "UCF-101" / "Bob")
+    (tmp_path / "root").symlink_to(videos / "UCF-101")
+    (tmp_path / "set").symlink_to(data.path)
+    for run in (
+        lambda: write_frames(sources.folder(tmp_path / "root"), tmp_path / "link" / "out", workers=0),
+        lambda: convert(sources.folder(tmp_path / "root"), tmp_path / "link" / "out", VideoSettings(), workers=0),
+        lambda: convert(sources.folder(tmp_path / "root"), videos / "UCF-101" / "out", VideoSettings(), workers=0),
+        lambda: export_parquet(data.path, tmp_path / "set" / "out", workers=0),
+    ):
+        with pytest.raises(UserError, match="lies inside the source"):
+            run()
+
+
+def test_a_folder_of_other_things_gets_no_notes_beside_it(tmp_path, videos):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    with pytest.raises(UserError, match="not a folder that genkd began"):
+        write_frames(sources.folder(videos / "UCF-101"), tmp_path / "mine", workers=0)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]

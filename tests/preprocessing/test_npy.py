@@ -173,8 +173,8 @@ def test_an_array_is_written_row_by_row(tmp_path):
 def test_user_errors_of_arrays(clips, tmp_path):
     with pytest.raises(UserError, match="resolution 8 is not"):
         write_npy(clips, tmp_path / "out", resolution=8, workers=0)
-    with pytest.raises(UserError, match="sample rate 0 is not"):
-        write_npy(clips, tmp_path / "out", sample_fps=0, workers=0)
+    with pytest.raises(UserError, match=r"sample rate 0\.001 is not between 0\.01"):
+        write_npy(clips, tmp_path / "out", sample_fps=0.001, workers=0)
     with pytest.raises(UserError, match="there is no folder of arrays"):
         write_flow_npy(tmp_path / "nowhere", tmp_path / "out", workers=0)
     with pytest.raises(UserError, match=r"holds no \.npy array"):
@@ -214,3 +214,16 @@ def test_flow_is_opencvs_and_runs_are_continued(tmp_path):
     assert (again.resumed, again.frames) == (2, 0)
     with pytest.raises(UserError, match="other settings"):
         write_flow_npy(tmp_path / "rgb", tmp_path / "flow", method="dis", workers=0)
+
+
+def test_arrays_of_a_source_that_changed_are_written_again(clips, tmp_path):
+    write_npy(clips, tmp_path / "out", workers=0)
+    write_flow_npy(tmp_path / "out", tmp_path / "flow", method="dis", workers=0)
+    first = dataclasses.replace(clips.videos[0], path=clips.videos[1].path, mtime_ns=7)
+    changed = dataclasses.replace(clips, videos=(first, clips.videos[1]))
+    written = write_npy(changed, tmp_path / "out", workers=0)
+    assert (written.changed, written.resumed) == ((first.key,), 1)
+    assert np.load(tmp_path / "out" / f"{first.key}.npy").shape[0] == 6
+    assert f"{first.key},29.97002997002997,10.0,20.0,6\n" in (tmp_path / "out" / "val_video_info.csv").read_text()
+    again = write_flow_npy(tmp_path / "out", tmp_path / "flow", method="dis", workers=0)
+    assert again.changed == (first.key,) and np.load(tmp_path / "flow" / f"{first.key}.npy").shape[0] == 6

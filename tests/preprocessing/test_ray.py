@@ -2,14 +2,18 @@
 
 import os
 import shutil
+import signal
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from genkd.errors import UserError
 from genkd.preprocessing import sources
 from genkd.preprocessing.convert import Progress, convert
+from genkd.preprocessing.engines import OUTSIDE, Note
 from genkd.preprocessing.video import VideoSettings
 
 SETTINGS = VideoSettings("vp9", short_side=96)
@@ -95,6 +99,26 @@ def test_a_task_that_kills_every_worker_is_given_up_with_a_sentence(cluster):
 
     with pytest.raises(UserError, match="lost 3 times"):
         list(run_ray(_die, [1], lambda event: None, address=cluster.address))
+
+
+def _end(task, report):
+    report(Note(f"video {task}"))
+    time.sleep(0.2)
+    if task:
+        os.kill(os.getpid(), task)
+
+
+def test_a_crash_is_told_from_a_kill(cluster):
+    """So that a video is blamed for the one and not for the other, which the system does for lack of memory."""
+    from genkd.preprocessing.ray_engine import run_ray
+
+    cluster.add_node(num_cpus=2)
+    cluster.wait_for_nodes()
+    told, tasks = [], [signal.SIGSEGV, signal.SIGABRT, signal.SIGKILL, 0]
+    again = lambda task, note, reason: told.append((note, reason)) or 0  # noqa: E731
+    list(run_ray(_end, [int(number) for number in tasks], lambda event: None, again, address=cluster.address))
+    assert sorted(told) == [("video 11", "SIGSEGV"), ("video 6", "SIGABRT"), ("video 9", OUTSIDE)]
+    assert not [path for path in Path(tempfile.gettempdir()).glob("genkd-crash-*") if path.stat().st_size]
 
 
 def test_an_address_without_a_cluster_is_one_sentence(few, tmp_path, genkd):

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from genkd.errors import UserError
+from genkd.preprocessing import shards
 from genkd.preprocessing.shards import SCHEMA, Corrupt, Dataset, ShardWriter, gop_table, tar_name
 
 
@@ -94,9 +95,14 @@ def test_index_arrow_is_a_cache_made_anew_when_absent_or_of_another_index(data, 
         assert Dataset.open(copy).table.equals(data.table)
         assert (copy / "index.arrow").read_bytes() == before
     info = json.loads((copy / "dataset.json").read_text())
+    (copy / "index.parquet").write_bytes(shards.parquet_bytes(data.table[:7]))
+    info["index_digest"] = shards.digest_of((copy / "index.parquet").read_bytes())
+    (copy / "dataset.json").write_text(json.dumps(info))
+    assert Dataset.open(copy).table.num_rows == 7
     info["index_digest"] = "sha256:other"
     (copy / "dataset.json").write_text(json.dumps(info))
-    assert Dataset.open(copy).table.num_rows == 50
+    with pytest.raises(UserError, match=r"index\.parquet .* not the file that dataset\.json describes; run the same"):
+        Dataset.open(copy)
 
 
 def test_rows_of_a_split(data):
@@ -121,7 +127,8 @@ def test_a_data_set_that_is_none_or_not_finished_is_refused(tmp_path):
     (tmp_path / "dataset.json").write_text('{"format_version": 1, "index_digest": "x"}')
     with pytest.raises(UserError, match="damaged"):
         Dataset.open(tmp_path)
-    info = {"format_version": 1, "index_digest": "x", "classes": [], "splits": {}, "video": {}}
+    info = {"format_version": 1, "name": "x", "index_digest": "x", "classes": [], "splits": {}}
+    info["video"] = {"codec": "vp9"}
     (tmp_path / "dataset.json").write_text(json.dumps(info))
     with pytest.raises(UserError, match=r"index\.parquet"):
         Dataset.open(tmp_path)

@@ -4,6 +4,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from genkd.errors import UserError
@@ -111,6 +112,24 @@ def test_videos_may_lie_in_the_root(small):
     assert {r.path: r.reason for r in found.rejected} == {
         f"{split}_2": f"listed in {split}_Annotation.csv, but there is no such file" for split in ("test", "val")
     }
+
+
+def test_the_rate_of_arrays_is_what_was_written_with_them(small, tmp_path):
+    """The annotations have a file of the same name, for the published arrays."""
+    arrays = tmp_path / "arrays"
+    arrays.mkdir()
+    for split, rate in (("val", 5.0), ("test", 10.0)):
+        np.save(arrays / f"{split}_1.npy", np.zeros((4, 16, 16, 3), np.uint8))
+        text = f"video,fps,sample_fps,count,sample_count\n{split}_1,30.0,{rate},300.0,50\n"
+        ((arrays if split == "val" else small) / f"{split}_video_info.csv").write_text(text)
+    (small / "val_video_info.csv").write_text("video,fps,sample_fps,count,sample_count\nval_1,30.0,10.0,300.0,100\n")
+    found = thumos.thumos14(arrays, annotations=small)
+    assert {video.key: video.fps for video in found.videos} == {"val_1": 5.0, "test_1": 10.0}
+    (arrays / "val_video_info.csv").rename(arrays / "gone.csv")
+    assert thumos.thumos14(arrays, annotations=small).videos[1].fps == 10.0
+    assert thumos.thumos14(arrays, annotations=small, source_fps=7.0).videos[1].fps == 7.0
+    with pytest.raises(UserError, match=r"rate 0\.0001 is not between 0\.01 and 1000"):
+        thumos.thumos14(arrays, annotations=small, source_fps=0.0001)
 
 
 def test_frames_of_the_original_are_frames_at_ten_a_second(small):

@@ -1,11 +1,15 @@
+import io
 import json
+import os
 import shutil
+import tarfile
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from genkd.preprocessing.inspection import inspect
-from genkd.preprocessing.shards import Dataset, arrow_bytes
+from genkd.preprocessing.shards import Dataset, digest_of, parquet_bytes
 from genkd.preprocessing.verify import verify
 
 
@@ -13,6 +17,15 @@ from genkd.preprocessing.verify import verify
 def copy(data, tmp_path):
     shutil.copytree(data.path, tmp_path / "copy")
     return tmp_path / "copy"
+
+
+def rewrite_index(path, table):
+    """Other rows as the index, of which dataset.json then gives the digest."""
+    (path / "index.parquet").write_bytes(parquet_bytes(table))
+    info = json.loads((path / "dataset.json").read_text())
+    info["index_digest"] = digest_of((path / "index.parquet").read_bytes())
+    (path / "dataset.json").write_text(json.dumps(info))
+    (path / "index.arrow").unlink()
 
 
 @pytest.mark.parametrize("codec", ["h264", "vp9", "mjpeg"])
@@ -52,6 +65,7 @@ def test_missing_and_cut_shards_are_found(copy):
         ("shard", "../../train.tar", "outside"),
         ("offset", -512, "contradict"),
         ("width", 66, "is not 66x48"),
+        ("label", 10, "its label 10 is none of the 10 classes"),
         ("offset", 1024, "no such member"),
     ],
 )
@@ -61,7 +75,7 @@ def test_a_wrong_index_entry_is_found(copy, column, value, words):
     values[3] = value(values[3]) if callable(value) else value
     number = dataset.table.column_names.index(column)
     table = dataset.table.set_column(number, column, pa.array(values, dataset.table.schema.field(column).type))
-    (copy / "index.arrow").write_bytes(arrow_bytes(table, dataset.info["index_digest"]))
+    rewrite_index(copy, table)
     problems = verify(copy, workers=0)
     key = dataset.table["key"][3].as_py()
     assert all(p.key.startswith(key) or p.file.endswith(".parquet") for p in problems)
@@ -70,9 +84,6 @@ def test_a_wrong_index_entry_is_found(copy, column, value, words):
 
 def rewritten(path, change):
     """A tar file again, each member's bytes as change(name, bytes) says, and what change(None, b"") adds."""
-    import io
-    import tarfile
-
     with tarfile.open(path) as tar:
         members = [(member.name, tar.extractfile(member).read()) for member in tar]
     members = [(name, change(name, data)) for name, data in members] + change(None, b"")
@@ -81,6 +92,8 @@ def rewritten(path, change):
             info = tarfile.TarInfo(name)
             info.size, info.mode = len(data), 0o644
             tar.addfile(info, io.BytesIO(data))
+        end = tar.offset + 2 * tarfile.BLOCKSIZE
+    os.truncate(path, end)  # tarfile fills up a record
 
 
 def test_a_changed_sidecar_is_found(copy):
@@ -104,8 +117,7 @@ def test_another_index_than_described_is_found(copy):
     info = json.loads((copy / "dataset.json").read_text())
     info["splits"]["train"]["videos"] = 11
     (copy / "dataset.json").write_text(json.dumps(info))
-    with open(copy / "index.parquet", "ab") as file:
-        file.write(b" ")
+    pq.write_table(pq.read_table(copy / "index.parquet"), copy / "index.parquet", compression="none")
     assert {p.file for p in verify(copy, workers=0)} == {"dataset.json", "index.parquet"}
 
 

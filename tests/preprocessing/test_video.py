@@ -145,7 +145,7 @@ def test_the_short_side_is_as_asked_and_sides_are_even(tmp_path, size, short_sid
 
 
 def test_a_rate_beyond_reason_is_refused():
-    for options in ({"codec": "gif"}, {"short_side": 5}, {"fps": 0.0}, {"gop": 0}, {"crf": 99}, {"preset": "warp"}):
+    for options in ({"codec": "gif"}, {"short_side": 5}, {"fps": 0.0004}, {"gop": 0}, {"crf": 99}, {"preset": "warp"}):
         with pytest.raises(UserError):
             VideoSettings(**options)
 
@@ -270,3 +270,26 @@ def test_of_a_variable_frame_rate_the_same_frames_are_chosen_as_by_ffmpeg(tmp_pa
     assert abs(len(got) - len(expected)) <= 1  # how long the last frame lasts, the container does not say
     length = min(len(got), len(expected))
     np.testing.assert_allclose(got[:length], expected[:length], atol=1.5)  # frames are 5 levels apart
+
+
+@pytest.mark.parametrize(
+    ("codec", "crf", "words"),
+    [
+        ("h264", 0, "crf 0 is not between 1 and 51, as h264 has it"),
+        ("h264", 52, "crf 52 is not between 1 and 51"),
+        ("copy", 0, "crf 0 is not between 1 and 51, as copy has it"),
+        ("hevc", 52, "crf 52 is not between 0 and 51"),
+        ("vp9", 64, "crf 64 is not between 0 and 63"),
+    ],
+)
+def test_quality_has_the_limits_of_its_codec(codec, crf, words):
+    with pytest.raises(UserError, match=words):
+        VideoSettings(codec, crf=crf)
+
+
+@pytest.mark.parametrize(("codec", "crf", "profile"), [("h264", 1, "High"), ("hevc", 0, "Main")])
+def test_the_best_quality_has_a_profile_that_gpus_decode(tmp_path, codec, crf, profile):
+    sink = Memory()
+    transcode(source(counting_video(tmp_path / "a.mp4")), sink, VideoSettings(codec, short_side=48, crf=crf))
+    with av.open(io.BytesIO(sink.data)) as container:
+        assert container.streams.video[0].profile == profile
