@@ -52,7 +52,7 @@ class Stream:
         require_readable(dataset, own)
         codecs = pc.unique(dataset.table["codec"].take(pa.array(own))).to_pylist()
         self.decoder = graph.choose_decoder(config.decoder, codecs, device.type)
-        cache = BlockCache(Path(config.cache_dir), int(config.cache_gb * 1e9)) if config.cache_dir else None
+        cache = BlockCache(Path(config.cache_dir, "blocks"), int(config.cache_gb * 1e9)) if config.cache_dir else None
         self.store = ClipStore(dataset, cache, config.retries)
         self.buffers = Buffers()
         self.jitters_colour = config.jitters_colour and not self.is_flow

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
-from ..errors import UserError
+from ..errors import UserError, explain_os_error
+from ..files import replacing, write_atomically
 from ..storage import LocalStorage, Storage
 
 FORMAT_VERSION = 1
@@ -91,10 +94,13 @@ def arrow_bytes(table: pa.Table, digest: str) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def index_table(storage: Storage, digest: str) -> pa.Table:
-    """The index, memory-mapped from index.arrow; that file is made anew from index.parquet when it does not match."""
+def index_table(storage: Storage, digest: str, cache_dir: str = "") -> pa.Table:
+    """The index, memory-mapped from index.arrow; that file is made anew from index.parquet when it does not match.
+
+    cache_dir: a local folder for a copy of a remote index, which is read into memory otherwise.
+    """
     if not isinstance(storage, LocalStorage):
-        return read_index(storage, digest)
+        return _copied(storage, digest, Path(cache_dir) / "indexes") if cache_dir else read_index(storage, digest)
     cache = storage.path / "index.arrow"
     mapped = _mapped(cache, digest)
     if mapped is None:
@@ -106,6 +112,26 @@ def index_table(storage: Storage, digest: str) -> pa.Table:
         mapped = _mapped(cache, digest)
         return table if mapped is None else mapped
     return mapped
+
+
+def _copied(storage: Storage, digest: str, folder: Path) -> pa.Table:
+    """A remote index, memory-mapped from a copy in a local folder that all processes of this machine share."""
+    copy = folder / f"{digest.removeprefix('sha256:')[:40]}.arrow"
+    mapped = _mapped(copy, digest)
+    if mapped is not None:
+        return mapped
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError), storage.downloaded("index.arrow") as path:
+            if _mapped(path, digest) is not None:
+                with replacing(copy) as temporary:
+                    shutil.copyfile(path, temporary)
+        if _mapped(copy, digest) is None:
+            write_atomically(copy, arrow_bytes(read_index(storage, digest), digest))
+    except OSError as error:
+        raise UserError(explain_os_error(error, f"writing the cache {folder}")) from None
+    mapped = _mapped(copy, digest)
+    return read_index(storage, digest) if mapped is None else mapped
 
 
 def _mapped(cache: Path, digest: str) -> pa.Table | None:

@@ -202,17 +202,17 @@ class Dataset:
         self.storage, self.info, self.table = storage, info, table
 
     @classmethod
-    def open(cls, place: str | Path, *, checked: bool = False) -> Dataset:
+    def open(cls, place: str | Path, *, checked: bool = False, cache_dir: str = "") -> Dataset:
         """Opens DATASET, a path or fsspec URL.
 
         checked: takes the rows from index.parquet, whose digest is known, and not from its memory-mapped copy: for
-        work that goes over all of them anyway. Raises UserError if the data set is missing, incomplete, damaged or of
-        another format version.
+        work that goes over all of them anyway. cache_dir: where a remote index is kept, to be memory-mapped too.
+        Raises UserError if the data set is missing, incomplete, damaged or of another format version.
         """
         storage = storage_at(place)
         info = description(storage)
-        rows = read_index if checked else index_table
-        return cls(storage, info, rows(storage, info["index_digest"]))
+        digest = info["index_digest"]
+        return cls(storage, info, read_index(storage, digest) if checked else index_table(storage, digest, cache_dir))
 
     @property
     def path(self) -> Path:

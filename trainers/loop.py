@@ -54,7 +54,7 @@ def train(config: TrainConfig, run: Path, say: Callable[[str], None] = print) ->
     """
     if not config.data.dataset:
         raise UserError("data.dataset is not set; name a shard data set, e.g. data.dataset=data/ucf101")
-    dataset = Dataset.open(config.data.dataset)
+    dataset = Dataset.open(config.data.dataset, cache_dir=config.data.cache_dir)
     with ranks(config.device) as place:
         torch.set_float32_matmul_precision("high")
         # Whatever is wrong with the input shows here, before the run folder is touched.

@@ -5,6 +5,7 @@ import threading
 
 import fsspec
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -82,6 +83,25 @@ def test_a_second_epoch_comes_from_the_cache(remote, requests, tmp_path):
     requests.clear()
     clips_of(remote, **options)
     assert not requests
+
+
+def test_a_remote_index_is_memory_mapped_from_the_cache(remote, tmp_path, bucket, monkeypatch):
+    asked = []
+    read = RemoteStorage.read
+    monkeypatch.setattr(RemoteStorage, "read", lambda self, name: asked.append(name) or read(self, name))
+    url = str(remote.storage)
+    first = Dataset.open(url, cache_dir=str(tmp_path))
+    (copy,) = (tmp_path / "indexes").iterdir()
+    assert first.table.equals(remote.table) and asked == ["dataset.json"]  # index.arrow was copied as it is
+    asked.clear()
+    copy.write_bytes(b"damaged")
+    fsspec.filesystem("s3").copy(url, f"{bucket}/plain", recursive=True)
+    fsspec.filesystem("s3").rm_file(f"{bucket}/plain/index.arrow")
+    second = Dataset.open(f"{bucket}/plain", cache_dir=str(tmp_path))
+    assert second.table.equals(remote.table) and asked == ["dataset.json", "index.parquet"]
+    before = pa.total_allocated_bytes()
+    third = Dataset.open(url, cache_dir=str(tmp_path))
+    assert third.table.equals(remote.table) and pa.total_allocated_bytes() - before < 4096
 
 
 def test_a_damaged_cache_is_read_again_and_a_damaged_object_is_named(remote, tmp_path, bucket):
