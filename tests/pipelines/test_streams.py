@@ -280,3 +280,55 @@ def test_a_sample_says_everything_that_replaying_it_needs(data):
         again = batches.sample(3, 2)
     assert dataclasses.asdict(sample).keys() == dataclasses.asdict(again).keys()
     assert sample.colour == again.colour and sample.crop == again.crop and np.array_equal(sample.frames, again.frames)
+
+
+@pytest.fixture(scope="module")
+def nvdec_sets(videos, tmp_path_factory):
+    """RGB and flow as H.264 large enough for NVDEC."""
+    from genkd.preprocessing import sources
+    from genkd.preprocessing.video import VideoSettings
+
+    out = tmp_path_factory.mktemp("nvdec")
+    convert(sources.ucf101(videos), out / "rgb", VideoSettings("h264", short_side=144, gop=8), workers=2)
+    rgb = Dataset.open(out / "rgb")
+    convert(dataset_sources(rgb, "train"), out / "flow", FlowSettings("dis", codec="h264", gop=8), workers=2)
+    return rgb, Dataset.open(out / "flow")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "update",
+    [{}, {"pipelines_per_gpu": 2}, {"decoder": "hybrid"}, {"dtype": "float16"}, {"brightness": 0.4, "hue": 0.1}],
+)
+def test_every_way_of_decoding_on_a_gpu_shows_the_same_clips(nvdec_sets, update):
+    rgb, flow = nvdec_sets
+    found = {}
+    for device in ("cuda", "cpu"):
+        config = CONFIG.model_copy(update=update if device == "cuda" else {**update, "decoder": "pyav"})
+        with loader(rgb, flow=flow, config=config, device=device) as batches:
+            got = list(batches)
+            assert all(batch.clips.device.type == device and batch.flow.device.type == device for batch in got)
+        found[device] = [torch.cat([getattr(batch, name).cpu().float() for batch in got]) for name in ("clips", "flow")]
+    for gpu, cpu, level in zip(found["cuda"], found["cpu"], (255 * 0.226, 127.5), strict=True):
+        assert ((gpu - cpu).abs() * level).mean() < 3
+
+
+@pytest.mark.gpu
+def test_detection_windows_on_a_gpu(nvdec_sets):
+    rgb, _ = nvdec_sets
+    with loader(rgb, config=DETECTION, detection=True, training=False, device="cuda") as batches:
+        for batch in batches:
+            assert batch.clips.shape[2] == 24 and batch.windows.offsets.device.type == "cpu"
+
+
+@pytest.mark.gpu
+def test_fifty_loaders_leave_no_gpu_memory(nvdec_sets):
+    rgb, _ = nvdec_sets
+    free = []
+    for _ in range(50):
+        with loader(rgb, batch_size=2, device="cuda") as batches:
+            next(iter(batches))
+        del batches
+        torch.cuda.synchronize()
+        free.append(torch.cuda.mem_get_info()[0])
+    assert min(free[10:]) > free[9] - 64e6
