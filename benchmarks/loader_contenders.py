@@ -229,7 +229,6 @@ def _dali_batches(job: Job, from_shards: bool) -> Batches:
     on_gpu = job.device == "cuda"
     order = job.archived if from_shards else [number for batch in job.batches for number in batch]
     parts = [order[start : start + job.batch] for start in range(0, len(order) - job.batch + 1, job.batch)]
-    device = "gpu" if on_gpu else "cpu"
 
     outputs = 4 if from_shards else 3
 
@@ -256,18 +255,14 @@ def _dali_batches(job: Job, from_shards: bool) -> Batches:
             )
             clip = fn.decoders.video(media, frames=frames[0], device="mixed" if on_gpu else "cpu")
         else:
-            clip, _ = fn.experimental.readers.video(
-                device=device, file_list=_file_list(job, order), file_list_format="frames",
+            clip, _ = fn.experimental.readers.video(  # type: ignore[misc]
+                device="gpu" if on_gpu else "cpu", file_list=_file_list(job, order), file_list_format="frames",
                 sequence_length=job.config["clip_length"], stride=job.config["stride"], prefetch_queue_depth=2,
                 pad_mode="edge",  # or it wants a whole stride after the last frame too; nothing is ever padded
             )  # fmt: skip
-        clip = fn.resize(
-            clip, roi_start=start, roi_end=end, size=[job.size, job.size], interp_type=types.INTERP_LINEAR
-        )
+        clip = fn.resize(clip, roi_start=start, roi_end=end, size=[job.size, job.size], interp_type=types.INTERP_LINEAR)
         mean, std = (value.tolist() for value in job.scaled)
-        return fn.crop_mirror_normalize(
-            clip, mirror=flip, mean=mean, std=std, dtype=types.FLOAT, output_layout="FHWC"
-        )
+        return fn.crop_mirror_normalize(clip, mirror=flip, mean=mean, std=std, dtype=types.FLOAT, output_layout="FHWC")
 
     pipeline = graph()
     pipeline.build()
@@ -360,14 +355,15 @@ def _session_cpu() -> float:
     session, ticks = os.getsid(0), 0
     for name in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):
-            fields = Path("/proc", name, "stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+            text = Path("/proc", name, "stat").read_text(encoding="ascii", errors="replace")
+            fields = text.rpartition(")")[2].split()
             if int(fields[3]) == session:
                 ticks += sum(map(int, fields[11:15]))
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _versions(contender: str) -> dict[str, str]:
-    found = {"torch": torch.__version__}
+    found = {"torch": str(torch.__version__)}
     for name in _MODULES[contender]:
         importlib.import_module(name)
         package = {"torchcodec.decoders": "torchcodec", "nvidia.dali.fn": "nvidia.dali"}.get(name, name)

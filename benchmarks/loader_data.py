@@ -6,7 +6,6 @@ import contextlib
 import os
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
@@ -104,7 +103,7 @@ def _join(payloads: list[bytes], repeats: int, path: Path) -> None:
         target = stack.enter_context(av.open(str(path), "w"))
         stream, frames = None, 0
         for number in range(repeats):
-            source = stack.enter_context(av.open(BytesIO(payloads[number % len(payloads)])))
+            source = stack.enter_context(av.open(BytesIO(payloads[number % len(payloads)]), "r"))
             given = source.streams.video[0]
             stream = stream or target.add_stream_from_template(given)
             assert given.average_rate is not None and given.time_base is not None
@@ -162,7 +161,7 @@ def write_files(dataset: Dataset, job: Job, folder: Path) -> None:
 
     def write(row: int) -> None:
         with (
-            av.open(BytesIO(_payload(dataset, row))) as source,
+            av.open(BytesIO(_payload(dataset, row)), "r") as source,
             av.open(str(folder / f"{row}.mp4"), "w", options={"movflags": "+faststart"}) as target,
         ):
             given = source.streams.video[0]
