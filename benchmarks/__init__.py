@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from . import loader, shard, train
 
 
 def run_benchmark(what: str, data: Path | None, repeats: int, workloads: Sequence[str] = ()) -> dict[str, Any]:
@@ -15,6 +14,9 @@ def run_benchmark(what: str, data: Path | None, repeats: int, workloads: Sequenc
 
     workloads: of the loader benchmark; none are its default ones. Raises UserError where another has none.
     """
+    # Here and not above: a process that measures one thing should not hold the packages of the others.
+    from . import loader, shard, train
+
     if what == "loader":
         return loader.run(data, repeats, workloads)
     if workloads:

@@ -44,13 +44,15 @@ from .loader_footprint import INDEX, MEMORY, measure_index, measure_memory
 from .process import Usage, run_measured
 
 GENKD, GENKD_PYAV = "genkd (auto)", "genkd (pyav)"
-JPEG = "DataLoader + JPEG frames"
+# Image files and numpy, as the original implementation; beside it, the same files with what the other peers do.
+JPEG = "DataLoader + JPEG frames, numpy"
 _PEERS = {
     "DataLoader + PyAV": "pyav",
     "DataLoader + decord": "decord",
     "DataLoader + torchcodec": "torchcodec-opencv",
     "DataLoader + torchcodec, its transforms": "torchcodec",
-    JPEG: "jpeg",
+    "DataLoader + JPEG frames": "jpeg",
+    JPEG: "jpeg-numpy",
     "DALI readers.webdataset + decoders.video": "dali-webdataset",
     "DALI experimental.readers.video": "dali-reader",
 }

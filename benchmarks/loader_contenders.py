@@ -73,7 +73,7 @@ class Job:
     @property
     def scaled(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of pixels in 0..255, float32 (3,)."""
-        return tuple(255 * np.array(self.config[name], np.float32) for name in ("mean", "std"))  # type: ignore[return-value]
+        return 255 * np.array(self.config["mean"], np.float32), 255 * np.array(self.config["std"], np.float32)
 
 
 def genkd_batches(job: Job) -> Batches:
@@ -90,7 +90,10 @@ def genkd_batches(job: Job) -> Batches:
 
 
 class Clips(torch.utils.data.Dataset):
-    """A map-style data set of the job's clips; pictures(job, clip) gives uint8 (T,size,size,3), not yet flipped."""
+    """A map-style data set of the job's clips.
+
+    pictures(job, clip) gives (T,size,size,3), not yet flipped: uint8, or float32 that is normalized already.
+    """
 
     def __init__(self, job: Job, pictures: Callable[[Job, Clip], np.ndarray]):
         self.job, self.pictures = job, pictures
@@ -105,12 +108,13 @@ class Clips(torch.utils.data.Dataset):
         images = self.pictures(self.job, clip)
         if clip.flip:
             images = images[:, :, ::-1]
-        if self.job.device == "cuda":  # a quarter of the bytes to send; the device normalizes
-            return torch.from_numpy(np.ascontiguousarray(images)), clip.label, clip.row
-        rows = np.ascontiguousarray(images).reshape(len(images), self.job.size, -1)
-        normal = np.subtract(rows, self.mean, dtype=np.float32)
-        normal /= self.std
-        return torch.from_numpy(normal.reshape(images.shape)), clip.label, clip.row
+        images = np.ascontiguousarray(images)
+        # A GPU normalizes by itself, and a quarter of the bytes need be sent.
+        if images.dtype == np.uint8 and self.job.device == "cpu":
+            rows = np.subtract(images.reshape(len(images), self.job.size, -1), self.mean, dtype=np.float32)
+            rows /= self.std
+            images = rows.reshape(images.shape)
+        return torch.from_numpy(images), clip.label, clip.row
 
 
 def _loaded(job: Job, pictures: Callable[[Job, Clip], np.ndarray]) -> Batches:
@@ -123,7 +127,9 @@ def _loaded(job: Job, pictures: Callable[[Job, Clip], np.ndarray]) -> Batches:
     mean, std = (torch.from_numpy(value).to(job.device) for value in job.scaled)
     for clips, _, rows in loader:
         if on_gpu:
-            clips = clips.to("cuda", non_blocking=True).to(torch.float32).sub_(mean).div_(std)
+            clips = clips.to("cuda", non_blocking=True)
+        if clips.dtype == torch.uint8:
+            clips = clips.to(torch.float32).sub_(mean).div_(std)
         yield clips.permute(0, 4, 1, 2, 3), rows.tolist()
 
 
@@ -211,15 +217,29 @@ def _torchcodec_transforms(clip: Clip, size: int) -> list:
 
 
 def _jpeg(job: Job, clip: Clip) -> np.ndarray:
-    """The reference implementation's way: an image file a frame."""
+    """An image file a frame, with the same transforms as the other peers."""
+    return _cropped([_read_jpeg(job, clip.row, number) for number in clip.frames], clip, job.size)
+
+
+def _jpeg_numpy(job: Job, clip: Clip) -> np.ndarray:
+    """An image file a frame, transformed and normalized frame by frame in float32."""
     import cv2
 
+    top, left, bottom, right = clip.crop
+    mean, std = job.scaled
     images = []
     for number in clip.frames:
-        image = cv2.imread(f"{job.frames}/{clip.row}/{number:06d}.jpg")
-        assert image is not None
-        images.append(cv2.cvtColor(image, cv2.COLOR_BGR2RGB))
-    return _cropped(images, clip, job.size)
+        image = _read_jpeg(job, clip.row, number)[top:bottom, left:right].astype(np.float32)
+        images.append((cv2.resize(image, (job.size, job.size)) - mean) / std)
+    return np.stack(images)
+
+
+def _read_jpeg(job: Job, row: int, number: int) -> np.ndarray:
+    import cv2
+
+    image = cv2.imread(f"{job.frames}/{row}/{number:06d}.jpg")
+    assert image is not None
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
 def _dali_batches(job: Job, from_shards: bool) -> Batches:
@@ -289,6 +309,7 @@ CONTENDERS: dict[str, Callable[[Job], Batches]] = {
     "torchcodec": functools.partial(_loaded, pictures=functools.partial(_torchcodec, native=True)),
     "torchcodec-opencv": functools.partial(_loaded, pictures=functools.partial(_torchcodec, native=False)),
     "jpeg": functools.partial(_loaded, pictures=_jpeg),
+    "jpeg-numpy": functools.partial(_loaded, pictures=_jpeg_numpy),
     "dali-webdataset": functools.partial(_dali_batches, from_shards=True),
     "dali-reader": functools.partial(_dali_batches, from_shards=False),
 }
@@ -299,6 +320,7 @@ _MODULES = {
     "torchcodec": ["torchcodec.decoders", "torchcodec.transforms"],
     "torchcodec-opencv": ["torchcodec.decoders", "cv2"],
     "jpeg": ["cv2"],
+    "jpeg-numpy": ["cv2"],
     "dali-webdataset": ["nvidia.dali.fn"],
     "dali-reader": ["nvidia.dali.fn"],
 }
