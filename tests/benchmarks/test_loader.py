@@ -29,7 +29,7 @@ def _taken(contender, job, folder, **config):
     """Rows and clips, in 0..255, of a contender's first three batches."""
     saved = folder / "saved.npz"
     told = loader.take_turn(contender, replace(job, save=str(saved), config={**job.config, **config})).told
-    assert told["rate"] > 0 and told["first_batch_s"] > 0 and told["cpu_s_per_clip"] > 0
+    assert told["rate"] > 0 and told["first_batch_s"] > 0 and told["cpu_s_per_clip"] >= 0  # in ticks of 10 ms
     assert told["shape"] == [5, 3, 6, 32, 32] and told["dtype"] == "torch.float32"
     with np.load(saved) as found:
         mean, std = (value[:, None, None, None] for value in job.scaled)
