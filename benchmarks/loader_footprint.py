@@ -88,6 +88,10 @@ def write_index(data: Path, videos: int) -> None:
         "header_size": _same(800, videos, pa.int64()),
         "gop_offsets": pa.ListArray.from_arrays(pa.array(lists), pa.array(offsets.ravel())),
         "gop_frames": pa.ListArray.from_arrays(pa.array(lists), pa.array(frames.ravel())),
+        # Of the header, and then of each GOP.
+        "gop_crc32c": pa.ListArray.from_arrays(
+            pa.array(lists), pa.array(random.integers(0, 2**32, videos * (GOPS + 1), np.uint32))
+        ),
         "num_frames": _same(16 * GOPS, videos, pa.int32()),
         "fps": _same(25.0, videos, pa.float64()),
         "width": _same(342, videos, pa.int32()),
