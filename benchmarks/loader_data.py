@@ -46,20 +46,20 @@ class Synthetic(NamedTuple):
     repeats: int = 1
 
 
+LONG = "256x96-long"  # a workload
+SHORT = "30 s"  # the videos that those of LONG are made of
 # 112 px stored and 96 px cut out of it, without scaling: the detection data of the original implementation.
 _WINDOW = DataConfig(clip_length=256, stride=1, size=96, scales=(96 / 112,), max_distort=0)
 _DETECTION = SynthSettings(seconds=30, fps=10, width=112, height=112)
 SYNTHETIC = {
     "trimmed": Synthetic(24, SynthSettings(seconds=4, fps=25, width=320, height=240), 256),
-    "30 s": Synthetic(4, _DETECTION, 112),
+    SHORT: Synthetic(4, _DETECTION, 112),
     "1 h": Synthetic(4, _DETECTION, 112, repeats=120),
 }
-LONG, SHORT = "256x96-long", "256x96-short"
 WORKLOADS = {
     "16x224": Workload(DataConfig(clip_length=16, stride=2, size=224), 8, "trimmed"),
     "64x224": Workload(DataConfig(clip_length=64, stride=1, size=224), 4, "trimmed"),
     LONG: Workload(_WINDOW, 2, "1 h"),
-    SHORT: Workload(_WINDOW, 2, "30 s"),
 }
 
 
