@@ -144,18 +144,28 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
 @main.command()
 @click.argument("what", type=click.Choice(["loader", "shard", "train"]))
 @click.option("--data", type=FOLDER, help="loader: shard data set; shard: folder of videos  [default: synthetic]")
+@click.option(
+    "--workload", "workloads", multiple=True,
+    help="loader: 16x224, 64x224, 256x96-long, index, or memory, which only runs when named. May be repeated.",
+)  # fmt: skip
 @click.option("--out", type=FOLDER, help="Write the JSON result to this file.")
 @click.option("--repeats", default=3, show_default=True, type=click.IntRange(1))
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-@examples("genkd bench loader\ngenkd bench loader --data data/ucf101 --json\ngenkd bench train --out result.json")
-def bench(what: str, data: Path | None, out: Path | None, repeats: int, as_json: bool) -> None:
-    """Measure side by side in one run: loader against PyTorch's DataLoader, sharding, training steps."""
+@examples(
+    "genkd bench loader\n"
+    "genkd bench loader --data data/ucf101 --workload 16x224 --json\n"
+    "genkd bench train --out result.json"
+)
+def bench(
+    what: str, data: Path | None, workloads: tuple[str, ...], out: Path | None, repeats: int, as_json: bool
+) -> None:
+    """Measure side by side in one run: the loader against other loaders, sharding, training steps."""
     from .benchmarks import run_benchmark
     from .tables import benchmark_tables, show
 
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-    result = run_benchmark(what, data, repeats)
+    result = run_benchmark(what, data, repeats, workloads)
     if out:
         write_json(out, result)
     click.echo(json.dumps(result, indent=2)) if as_json else show(benchmark_tables(result))

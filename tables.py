@@ -93,22 +93,20 @@ def recognition_tables(values: dict[str, Any]) -> list[Table]:
 
 
 def benchmark_tables(result: dict[str, Any]) -> list[Table]:
-    """One row a contender: median, spread and ratio to the first."""
-    table = _table(
-        f"{result['benchmark']} on {result['machine']['cpu']}",
-        "contender",
-        result["unit"],
-        "p10",
-        "p90",
-        "ratio",
-        "notes",
-    )
+    """One row a contender: median, spread and ratio to the first; one table a workload where there are several."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in result["rows"]:
-        table.add_row(
-            row["name"], f"{row['median']:.2f}", f"{row['p10']:.2f}", f"{row['p90']:.2f}", f"{row['ratio']:.2f}",
-            ", ".join(f"{key} {value}" for key, value in row.get("extra", {}).items()),
-        )  # fmt: skip
-    tables = [table]
+        groups.setdefault((row.get("workload", ""), row.get("unit", result["unit"])), []).append(row)
+    tables = []
+    for (workload, unit), rows in groups.items():
+        title = f"{result['benchmark']} {workload}".strip() + f" on {result['machine']['cpu']}"
+        table = _table(title, "contender", unit, "p10", "p90", "ratio", "notes")
+        for row in rows:
+            table.add_row(
+                row["name"], f"{row['median']:.2f}", f"{row['p10']:.2f}", f"{row['p90']:.2f}", f"{row['ratio']:.2f}",
+                ", ".join(f"{key} {value}" for key, value in row.get("extra", {}).items()),
+            )  # fmt: skip
+        tables.append(table)
     if result.get("targets"):
         targets = _table("targets", "what", "measured", "goal", "met")
         for entry in result["targets"]:

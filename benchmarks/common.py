@@ -14,11 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..preprocessing import sources
-from ..preprocessing.convert import convert
-from ..preprocessing.shards import Dataset
 from ..preprocessing.synthetic import SynthSettings, synthesize
-from ..preprocessing.video import VideoSettings
 
 _PACKAGES = ("torch", "nvidia-dali-cuda120", "av", "numpy", "pyarrow", "genkd")
 
@@ -78,15 +74,3 @@ def synthetic_videos(videos_per_class: int, width: int, height: int) -> Iterator
         settings = SynthSettings(videos_per_class=videos_per_class, width=width, height=height)
         synthesize(Path(folder, "videos"), settings, workers=len(os.sched_getaffinity(0)))
         yield Path(folder, "videos")
-
-
-@contextlib.contextmanager
-def shards_of(data: Path | None, codec: str) -> Iterator[Dataset]:
-    """The shard data set `data`, or a temporary synthetic one of 256 px."""
-    if data is not None:
-        yield Dataset.open(data)
-        return
-    with synthetic_videos(12, 320, 240) as videos, tempfile.TemporaryDirectory(prefix="genkd-bench-") as folder:
-        out = Path(folder, "data")
-        convert(sources.ucf101(videos), out, VideoSettings(codec=codec), workers=len(os.sched_getaffinity(0)))
-        yield Dataset.open(out)

@@ -27,14 +27,12 @@ from ..errors import UserError
 from ..preprocessing import sources
 from ..preprocessing.sources import SourceList
 from ..preprocessing.video import VideoSettings
-from . import shard_contenders
+from . import peers, shard_contenders
 from .common import compare, synthetic_videos
 from .process import Usage, run_measured
 from .shard_contenders import Job
 
 SETTINGS = VideoSettings(crf=23)
-# Another interpreter to look for the peers' packages in, where they cannot share genkd's environment.
-PEERS_PYTHON = "GENKD_BENCH_PYTHON"
 FAST = "genkd, preset superfast"
 COPY, AGAIN = "genkd, copy of fitting sources", "genkd, transcode of fitting sources"
 _PEERS = {
@@ -196,17 +194,7 @@ def take_turn(contender: str, job: Job, python: str = sys.executable) -> Turn:
 
 def find_peer(contender: str) -> tuple[str, dict[str, str]] | str:
     """The interpreter that has a peer's packages, and their versions; or why no interpreter has them."""
-    reasons = []
-    for python in dict.fromkeys([sys.executable, os.environ.get(PEERS_PYTHON, sys.executable)]):
-        command = [python, shard_contenders.__file__, contender, "--versions"]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, env=_environment(None))
-        except OSError as error:
-            raise UserError(f"{PEERS_PYTHON}={python} cannot be run: {error.strerror}") from None
-        if not done.returncode:
-            return python, json.loads(done.stdout.splitlines()[-1])
-        reasons.append(f"{python}: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}")
-    return "; ".join(reasons)
+    return peers.find_peer(shard_contenders.__file__, contender, _environment(None))
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from fractions import Fraction
 import av
 import pytest
 
-from genkd.benchmarks import shard, shard_contenders
+from genkd.benchmarks import peers, shard, shard_contenders
 from genkd.benchmarks.process import run_measured
 from genkd.errors import UserError
 from genkd.preprocessing import sources
@@ -164,7 +164,7 @@ def test_a_peer_that_cannot_be_imported_is_told_with_its_reason(tmp_path, monkey
     (tmp_path / "streaming.py").write_text("raise ImportError('made for this test')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert "made for this test" in shard.find_peer("mds")
-    monkeypatch.setenv(shard.PEERS_PYTHON, "/no/such/python")
+    monkeypatch.setenv(peers.PEERS_PYTHON, "/no/such/python")
     with pytest.raises(UserError, match="GENKD_BENCH_PYTHON=/no/such/python cannot be run"):
         shard.find_peer("mds")
     (tmp_path / "streaming.py").write_text("__version__ = '1.2.3'")
