@@ -113,13 +113,12 @@ def _one_clip() -> tuple[bool, str]:
         write_video(path, render(settings, "Spin", 0, 0), settings.fps)
         codec = "h264" if device == "cuda" else "vp9"
         convert(sources.folder(path.parent.parent), Path(folder, "data"), VideoSettings(codec, 128), workers=0)
-        config = DataConfig(clip_length=8, size=64)
-        with Loader(
-            Dataset.open(Path(folder, "data")), "train", config, batch_size=1, training=True, device=device
-        ) as loader:
-            clips = next(iter(loader)).clips
-            spread = float(clips.std())
-            return (
-                0.1 < spread < 10,
-                f"{codec} by {loader.decoder} on {device}: {tuple(clips.shape)}, spread {spread:.2f}",
-            )
+        spreads = {}
+        for decoder in ("dali", "pyav"):
+            config = DataConfig(clip_length=8, size=64, decoder=decoder)
+            with Loader(
+                Dataset.open(Path(folder, "data")), "train", config, batch_size=1, training=True, device=device
+            ) as loader:
+                spreads[decoder] = float(next(iter(loader)).clips.std())
+        told = ", ".join(f"{decoder} {spread:.2f}" for decoder, spread in spreads.items())
+        return all(0.1 < spread < 10 for spread in spreads.values()), f"{codec} on {device}, spread by decoder: {told}"

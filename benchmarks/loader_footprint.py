@@ -103,9 +103,10 @@ def write_index(data: Path, videos: int) -> None:
         "source_frames": _same(16 * GOPS, videos, pa.int32()),
     }
     pq.write_table(pa.table(columns, schema=SCHEMA), data / "index.parquet", compression="zstd")
+    counts = {"videos": videos, "frames": 16 * GOPS * videos, "seconds": 16 * GOPS * videos / 25, "bytes": 0}
     info = {
         "name": "index", "format_version": FORMAT_VERSION, "classes": [f"class_{n:03d}" for n in range(CLASSES)],
-        "video": {"codec": "h264"}, "splits": {"train": {"videos": videos}},
+        "video": {"codec": "h264"}, "splits": {"train": counts}, "rejected": 0,
         "index_digest": digest_of((data / "index.parquet").read_bytes()),
     }  # fmt: skip
     write_json(data / "dataset.json", info)

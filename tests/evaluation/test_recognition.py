@@ -51,7 +51,7 @@ def run(shard_sets, tmp_path_factory):
 
 def test_stored_weights_are_measured_and_scores_written(run, data, tmp_path):
     values = recognition.evaluate_weights(run / "student", data.path, tmp_path / "out", clips=2, crops=3)
-    assert values["videos"] == 40 and values["clips"] == 2 and values["decoder"] == "dali"
+    assert values["videos"] == 40 and values["clips"] == 2 and values["decoder"] == "pyav"
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == json.loads(json.dumps(values))
     table = pq.read_table(tmp_path / "out" / "scores.parquet")
     assert table.column_names == ["key", "label", "prediction", "scores"]

@@ -30,7 +30,7 @@ def ids(batches):
 @pytest.mark.parametrize("codec", ["h264", "vp9", "mjpeg"])
 def test_batches_have_the_promised_form(shard_sets, codec):
     with loader(shard_sets(codec)) as batches:
-        assert batches.decoder == ("pyav" if codec == "h264" else "dali")
+        assert batches.decoder == "pyav"
         got = list(batches)
     assert [batch.count for batch in got] == [4, 4, 2] and [batch.total for batch in got] == [4, 4, 2]
     clips = got[0].clips
@@ -130,10 +130,11 @@ def test_chosen_rows_only(data):
         assert ids(batches) == [data.rows("test")[3:5].tolist()]
 
 
-def test_replayed_epochs_give_the_same_pixels(data):
+@pytest.mark.parametrize("decoder", ["dali", "pyav"])
+def test_replayed_epochs_give_the_same_pixels(data, decoder):
     stacks = []
     for threads in (1, 4):
-        config = CONFIG.model_copy(update={"decoder_threads": threads, "prefetch": threads})
+        config = CONFIG.model_copy(update={"decoder_threads": threads, "prefetch": threads, "decoder": decoder})
         with loader(data, config=config) as batches:
             stacks.append(torch.cat([batch.clips for batch in batches]))
     assert torch.equal(*stacks)
@@ -169,13 +170,17 @@ def spoiled(shard_sets, tmp_path):
     return make
 
 
+def by_decoder(codec):
+    return CONFIG.model_copy(update={"decoder": "pyav" if codec == "h264" else "dali"})
+
+
 BAD = [("h264", False), ("h264", True), ("vp9", False), ("vp9", True)]
 
 
 @pytest.mark.parametrize(("codec", "sums"), BAD)
 def test_a_corrupt_payload_stops_the_run_with_key_and_shard(spoiled, codec, sums):
     dataset, video = spoiled(codec, sums)
-    with loader(dataset) as batches, pytest.raises(Corrupt) as caught:
+    with loader(dataset, config=by_decoder(codec)) as batches, pytest.raises(Corrupt) as caught:
         list(batches)
     assert video.key in str(caught.value) and video.shard in str(caught.value)
     assert "data.on_error=replace" in str(caught.value)
@@ -185,7 +190,7 @@ def test_a_corrupt_payload_stops_the_run_with_key_and_shard(spoiled, codec, sums
 @pytest.mark.parametrize(("codec", "sums"), BAD)
 def test_a_corrupt_payload_is_replaced_by_its_neighbour_on_demand(spoiled, codec, sums, caplog):
     dataset, video = spoiled(codec, sums)
-    config = CONFIG.model_copy(update={"on_error": "replace"})
+    config = by_decoder(codec).model_copy(update={"on_error": "replace"})
     with loader(dataset, config=config) as batches:
         order = [batches.sample(0, position).row for position in range(10)]
         got = sum(ids(batches), [])
@@ -291,8 +296,11 @@ def test_copied_sources_of_several_codecs_are_loaded_together(shard_sets, tmp_pa
         assert batches.decoder == "pyav"
         mixed = {int(row): clip for batch in batches for row, clip in zip(batch.ids, batch.clips, strict=True)}
     only = np.flatnonzero(np.char.startswith(np.asarray(dataset.table["key"].to_pylist()), "1/"))
-    with loader(dataset, training=False, rows=only) as batches:
-        assert batches.decoder == "dali"
+    by_dali = CONFIG.model_copy(update={"decoder": "dali"})
+    with pytest.raises(UserError, match="does not decode h264 on cpu"):
+        loader(dataset, training=False, config=by_dali)
+    with loader(dataset, training=False, rows=only, config=by_dali) as batches:
+        assert batches.decoder == "dali" and len(list(batches)) == len(batches)
     with loader(shard_sets("h264"), training=False) as batches:
         plain = {int(row): clip for batch in batches for row, clip in zip(batch.ids, batch.clips, strict=True)}
     keys = dataset.table["key"].to_pylist()
@@ -302,14 +310,15 @@ def test_copied_sources_of_several_codecs_are_loaded_together(shard_sets, tmp_pa
             assert torch.equal(clip, plain[row_of[keys[row][2:]]])
 
 
-def test_fifty_loaders_leave_no_threads_and_no_memory(data):
+@pytest.mark.parametrize("decoder", ["dali", "pyav"])
+def test_fifty_loaders_leave_no_threads_and_no_memory(data, decoder):
     def resources():
         gc.collect()
         with open("/proc/self/statm") as file:
             return len(os.listdir("/proc/self/task")), int(file.read().split()[1]) * 4096
 
     for number in range(50):
-        with loader(data, batch_size=2) as batches:
+        with loader(data, batch_size=2, config=CONFIG.model_copy(update={"decoder": decoder})) as batches:
             next(iter(batches))
         del batches
         if number == 9:
