@@ -81,7 +81,7 @@ def write_index(data: Path, videos: int) -> None:
         "key": pa.array(keys),
         "split": _same("train", videos, pa.string()),
         "label": pa.array(labels),
-        "annotations": pa.nulls(videos, SCHEMA.field("annotations").type),
+        "annotations": pa.repeat(pa.scalar([], SCHEMA.field("annotations").type), videos),
         "shard": shards.take(pa.array(number // VIDEOS_A_SHARD)),
         "offset": pa.array(number % VIDEOS_A_SHARD * 400_000 + 512),
         "size": pa.array(offsets[:, -1]),
