@@ -148,27 +148,33 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
     "--workload", "workloads", multiple=True,
     help="loader: 16x224, 64x224, 256x96-long, index, or memory, which only runs when named. May be repeated.",
 )  # fmt: skip
+@click.option("--tune", is_flag=True, help="loader: look for the fastest data.* settings on this machine instead.")
 @click.option("--out", type=FOLDER, help="Write the JSON result to this file.")
 @click.option("--repeats", default=3, show_default=True, type=click.IntRange(1))
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @examples(
     "genkd bench loader\n"
     "genkd bench loader --data data/ucf101 --workload 16x224 --json\n"
+    "genkd bench loader --tune --data data/ucf101 --workload 64x224\n"
     "genkd bench train --out result.json"
 )
-def bench(
-    what: str, data: Path | None, workloads: tuple[str, ...], out: Path | None, repeats: int, as_json: bool
-) -> None:
-    """Measure side by side in one run: the loader against other loaders, sharding, training steps."""
+def bench(what: str, data: Path | None, workloads: tuple[str, ...], tune: bool, out: Path | None, repeats: int,
+          as_json: bool) -> None:  # fmt: skip
+    """Measure side by side in one run: the loader against other loaders, sharding, training steps.
+
+    With --tune: look for the loader's fastest settings on this machine, for `genkd train`.
+    """
     from .benchmarks import run_benchmark
     from .tables import benchmark_tables, show
 
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-    result = run_benchmark(what, data, repeats, workloads)
+    result = run_benchmark(what, data, repeats, workloads, tune=tune)
     if out:
         write_json(out, result)
     click.echo(json.dumps(result, indent=2)) if as_json else show(benchmark_tables(result))
+    if tune and not as_json:
+        click.echo("fastest: " + " ".join(f"{name}={value}" for name, value in result["best"].items()))
 
 
 @main.command()

@@ -104,7 +104,7 @@ def benchmark_tables(result: dict[str, Any]) -> list[Table]:
         for row in rows:
             table.add_row(
                 row["name"], f"{row['median']:.2f}", f"{row['p10']:.2f}", f"{row['p90']:.2f}", f"{row['ratio']:.2f}",
-                ", ".join(f"{key} {value}" for key, value in row.get("extra", {}).items()),
+                ", ".join(key if value is True else f"{key} {value}" for key, value in row.get("extra", {}).items()),
             )  # fmt: skip
         tables.append(table)
     if result.get("targets"):

@@ -9,16 +9,23 @@ from typing import Any
 from ..errors import UserError
 
 
-def run_benchmark(what: str, data: Path | None, repeats: int, workloads: Sequence[str] = ()) -> dict[str, Any]:
+def run_benchmark(
+    what: str, data: Path | None, repeats: int, workloads: Sequence[str] = (), *, tune: bool = False
+) -> dict[str, Any]:
     """Runs the benchmark `what` ("loader", "shard" or "train"); data: None measures on synthetic videos.
 
-    workloads: of the loader benchmark; none are its default ones. Raises UserError where another has none.
+    workloads: of the loader benchmark; none are its default ones. tune: look for the loader's fastest settings
+    instead. Raises UserError where another benchmark has none of these.
     """
     # Here and not above: a process that measures one thing should not hold the packages of the others.
-    from . import loader, shard, train
+    from . import loader, loader_tune, shard, train
 
+    if what == "loader" and tune:
+        if len(workloads) > 1:
+            raise UserError("--tune is for one --workload")
+        return loader_tune.run(data, repeats, *workloads)
     if what == "loader":
         return loader.run(data, repeats, workloads)
-    if workloads:
-        raise UserError(f"--workload chooses what `genkd bench loader` measures; `genkd bench {what}` has none")
+    if workloads or tune:
+        raise UserError(f"--workload and --tune are for `genkd bench loader`; `genkd bench {what}` has none")
     return {"shard": shard.run, "train": train.run}[what](data, repeats)

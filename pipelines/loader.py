@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
@@ -239,7 +240,7 @@ class Loader:
             )
         if short and self.rank == 0:
             how = "played in a loop" if config.padding == "loop" else "filled up"
-            log.info("%d of %d videos are shorter than a clip of %d frames and are %s", short, len(frames), needed, how)
+            _say_once(f"{short} of {len(frames)} videos are shorter than a clip of {needed} frames and are {how}")
 
     def _next(self) -> Batch:
         while True:
@@ -299,6 +300,11 @@ class Loader:
         if self._run is not None:
             self._run.close()
         self._run = None
+
+
+@lru_cache(maxsize=64)
+def _say_once(text: str) -> None:
+    log.info(text)
 
 
 def _first_line(error: Exception) -> str:
