@@ -77,10 +77,10 @@ def test_every_video_once_an_epoch_in_another_order_each_time(data):
         assert ids(other) != first
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("training", [True, False])
 def test_ranks_see_the_global_batches_between_them(data, world_size, training):
-    size = 3 if world_size == 3 else 4
+    size = {3: 3, 8: 8}.get(world_size, 4)
     with loader(data, batch_size=size, training=training) as alone:
         want = list(alone)
     parts = []

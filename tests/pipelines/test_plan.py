@@ -27,6 +27,48 @@ def test_every_position_belongs_to_one_rank_and_ranks_share_evenly(count, batch_
     assert seen == list(range(count))
 
 
+@given(st.data(), st.integers(1, 200), st.integers(1, 40), st.sampled_from([0, 1, 3]), st.integers(0, 2**31 - 1))
+@settings(max_examples=100, deadline=None)
+def test_a_run_that_goes_on_with_other_ranks_sees_the_rest_and_nothing_twice(data, count, batch_size, width, seed):
+    """Every video once an epoch, whatever the ranks before and after the stop, with either kind of shuffling."""
+    rows = np.arange(1000, 1000 + count)
+    shards = np.arange(2000) // 7
+    shapes = plan.Shapes(*(np.full(2000, value) for value in (40, 64, 48)))
+    config = CONFIG.model_copy(update={"shuffle_shards": width})
+    clips = plan.TrainingClips(config, seed, rows, shapes, shards if width else None)
+    batches = plan.batches_per_epoch(count, batch_size)
+    stop = data.draw(st.integers(0, batches))
+    before, after = (data.draw(st.sampled_from([1, 2, 3, 4, 8])) for _ in range(2))
+
+    def seen(numbers, ranks):
+        return [
+            [clips.sample(2, place).row for rank in range(ranks)
+             for place in plan.rank_positions(number, batch_size, count, rank, ranks)[0]]
+            for number in numbers
+        ]  # fmt: skip
+
+    got = seen(range(stop), before) + seen(range(stop, batches), after)
+    assert got == seen(range(batches), 1)
+    assert sorted(sum(got, [])) == rows.tolist()
+
+
+@given(st.integers(1, 60), st.integers(1, 9), st.sampled_from([(1, 1), (3, 1), (2, 3)]), st.integers(1, 20))
+@settings(max_examples=100, deadline=None)
+def test_evaluation_has_every_view_once_on_any_number_of_ranks(videos, ranks, views, batch_size):
+    rows = np.arange(videos) * 2
+    shapes = plan.Shapes(*(np.full(200, value) for value in (40, 64, 48)))
+    clips = plan.EvaluationClips(CONFIG, rows, shapes, views)
+    found = [
+        clips.sample(0, place)
+        for rank in range(ranks)
+        for number in range(plan.batches_per_epoch(clips.count, batch_size))
+        for place in plan.rank_positions(number, batch_size, clips.count, rank, ranks)[0]
+    ]
+    seen = sorted((sample.row, int(sample.frames[0]), sample.crop) for sample in found)
+    assert len(set(seen)) == len(seen) == videos * views[0] * views[1]
+    assert sorted({row for row, *_ in seen}) == rows.tolist()
+
+
 @given(st.integers(1, 500), st.integers(0, 2**31 - 1), st.integers(0, 10_000))
 @settings(max_examples=50, deadline=None)
 def test_an_epochs_order_is_a_permutation_of_its_own(count, seed, epoch):
