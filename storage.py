@@ -50,7 +50,7 @@ def storage_at(place: str | Path) -> Storage:
 def refuse_inside(out: Storage, source: Storage) -> None:
     """Raises UserError if `out` is the folder `source` or lies in it, by whichever links either is named."""
     if isinstance(out, LocalStorage) and isinstance(source, LocalStorage):
-        inside = out.path.resolve().is_relative_to(source.path.resolve())
+        inside = Path(os.path.realpath(out.path)).is_relative_to(os.path.realpath(source.path))
     else:
         inside = f"{out}/".startswith(f"{source}/")
     if inside:

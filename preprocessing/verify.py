@@ -58,15 +58,11 @@ def verify(
     on_start(table.num_rows)
     problems += [*_check_tables(storage, info, table, prints), *_check_names(storage, table, prints)]
     rows_of = _rows_by_shard(table)
+    prints = {f"{stem}.tar": fingerprint for stem, fingerprint in (prints or {}).items()}
+    classes, none = tuple(info["classes"]), np.array([], np.int64)
     tasks = [
-        (
-            storage.name,
-            name,
-            tuple(info["classes"]),
-            table.take(rows_of.get(name, np.array([], np.int64))),
-            (prints or {}).get(name),
-        )
-        for name in sorted({*rows_of, *(prints or {})})
+        (storage.name, name, classes, table.take(rows_of.get(name, none)), prints.get(name))
+        for name in sorted({*rows_of, *prints})
     ]
     for result in engines.run_local(_verify_shard, tasks, min(workers, len(tasks)), on_videos):
         problems += result or []
@@ -138,15 +134,12 @@ def _check_names(storage: Storage, table: pa.Table, prints: dict[str, str] | Non
 
 
 def _rows_by_shard(table: pa.Table) -> dict[str, np.ndarray]:
-    """Stem of each shard's name -> its rows; a name that points elsewhere is kept whole."""
+    """Name of each shard -> its rows."""
     names = table["shard"].combine_chunks().dictionary_encode()
     codes = names.indices.to_numpy()
     order = np.argsort(codes, kind="stable")
     parts = np.split(order, np.cumsum(np.bincount(codes, minlength=len(names.dictionary)))[:-1])
-    return {
-        name.removesuffix(".tar") if is_shard_name(name) else name: rows
-        for name, rows in zip(names.dictionary.to_pylist(), parts, strict=True)
-    }
+    return dict(zip(names.dictionary.to_pylist(), parts, strict=True))
 
 
 def damaged_shards(storage: Storage, names: list[str], classes: Sequence[str], run: engines.Run) -> list[str]:
@@ -175,13 +168,13 @@ def _check_finished(task: tuple[str, str, tuple[str, ...]], report: engines.Repo
 def _verify_shard(
     task: tuple[str, str, tuple[str, ...], pa.Table, str | None], report: engines.Report
 ) -> list[Problem]:
-    folder, stem, classes, rows, fingerprint = task
-    if not is_shard_name(f"{stem}.tar"):
+    folder, name, classes, rows, fingerprint = task
+    if not is_shard_name(name):
         return [
-            Problem(printable(stem), key, "the index points outside the data set") for key in rows["key"].to_pylist()
+            Problem(printable(name), key, "the index points outside the data set") for key in rows["key"].to_pylist()
         ]
-    storage = storage_at(folder)
-    problems = _check_shard(Dataset(storage, {"classes": list(classes)}, rows), f"{stem}.tar", report)
+    storage, stem = storage_at(folder), name.removesuffix(".tar")
+    problems = _check_shard(Dataset(storage, {"classes": list(classes)}, rows), name, report)
     try:
         own = shard_rows(storage.read(f"shards/{stem}.parquet"))
         if not own.replace_schema_metadata(None).sort_by("offset").equals(rows.sort_by("offset")):

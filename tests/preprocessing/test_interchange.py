@@ -370,7 +370,7 @@ def test_from_and_to_a_url(data, exported, tmp_path, content):
         assert summary.resumed_files == summary.files > 0
         memory.get(out, str(tmp_path / "out"), recursive=True)
         assert content(tmp_path / "out") == {n: data for n, data in content(exported).items() if n != ".lock"}
-        with pytest.raises(UserError, match="inside the data set"):
+        with pytest.raises(UserError, match="inside the source"):
             export_parquet(source, source + "/x", workers=0)
     finally:
         memory.rm("/interchange", recursive=True)
@@ -385,7 +385,7 @@ def test_another_out_is_refused(data, odd, exported, tmp_path):
         export_parquet(odd.path, exported, workers=0, row_group_bytes=12_000)
     with pytest.raises(UserError, match=r"another export \(its files, split differ\)"):
         export_parquet(data.path, exported, workers=0, split="train", row_group_bytes=12_000)
-    with pytest.raises(UserError, match="inside the data set"):
+    with pytest.raises(UserError, match="inside the source"):
         export_parquet(data.path, data.path / "parquet", workers=0)
     with pytest.raises(UserError, match="no genkd data set"):
         export_parquet(tmp_path / "none", tmp_path / "out", workers=0)

@@ -63,6 +63,7 @@ def test_missing_and_cut_shards_are_found(copy):
         ("gop_offsets", [1, 2, 3, 4, 5, 6], "contradict"),
         ("gop_offsets", lambda offsets: [*offsets[:2], offsets[2] + 1, *offsets[3:]], "GOP table"),
         ("shard", "../../train.tar", "outside"),
+        ("shard", lambda name: name.removesuffix(".tar"), "outside"),
         ("offset", -512, "contradict"),
         ("width", 66, "is not 66x48"),
         ("label", 10, "its label 10 is none of the 10 classes"),
