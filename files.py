@@ -48,6 +48,17 @@ def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
+def numbered_lines(path: Path) -> list[tuple[int, str]]:
+    """The lines of a UTF-8 text file that are not blank, with their numbers, stripped."""
+    if not path.is_file():
+        raise UserError(f"there is no list file {path}")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would also split at U+2028 and others
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not a UTF-8 text file") from None
+    return [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+
+
 def temporary_name(name: str) -> str:
     """What a file is called while this process writes it."""
     return f".{name}.{_HOST}-{os.getpid()}.tmp"

@@ -314,16 +314,11 @@ CONTENDERS: dict[str, Callable[[Job], Batches]] = {
     "dali-reader": functools.partial(_dali_batches, from_shards=False),
 }
 _MODULES = {
-    "genkd": ["genkd.pipelines.loader"],
-    "pyav": ["av", "cv2"],
-    "decord": ["decord", "cv2"],
+    "genkd": ["genkd.pipelines.loader"], "pyav": ["av", "cv2"], "decord": ["decord", "cv2"],
     "torchcodec": ["torchcodec.decoders", "torchcodec.transforms"],
-    "torchcodec-opencv": ["torchcodec.decoders", "cv2"],
-    "jpeg": ["cv2"],
-    "jpeg-numpy": ["cv2"],
-    "dali-webdataset": ["nvidia.dali.fn"],
-    "dali-reader": ["nvidia.dali.fn"],
-}
+    "torchcodec-opencv": ["torchcodec.decoders", "cv2"], "jpeg": ["cv2"], "jpeg-numpy": ["cv2"],
+    "dali-webdataset": ["nvidia.dali.fn"], "dali-reader": ["nvidia.dali.fn"],
+}  # fmt: skip
 
 
 class _Mark(NamedTuple):

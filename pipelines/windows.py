@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from ..preprocessing.thumos import thumos_frames
+from ..thumos_files import thumos_frames
 
 _T = TypeVar("_T")
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import UserError
-from .lookup import Finder, numbered_lines, printable, relative_name, video_stem
+from ..files import numbered_lines
+from .lookup import Finder, printable, relative_name, video_stem
 from .sources import (
     SPLIT_NAMES,
     Rejection,

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError, explain_os_error
-from ..files import write_atomically
-from .lookup import numbered_lines, printable
+from ..files import numbered_lines, write_atomically
+from .lookup import printable
 from .shards import Dataset
 from .sources import ucf101_classes
 

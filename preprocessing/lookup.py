@@ -113,17 +113,6 @@ def relative_name(name: str, root: Path, where: str) -> str:
     raise UserError(f"{where}: {name!r} is no path below {root}; give paths relative to that folder")
 
 
-def numbered_lines(path: Path) -> list[tuple[int, str]]:
-    """The lines of a UTF-8 text file that are not blank, with their numbers, stripped."""
-    if not path.is_file():
-        raise UserError(f"there is no list file {path}")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would also split at U+2028 and others
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not a UTF-8 text file") from None
-    return [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
-
-
 def printable(name: str) -> str:
     """name as valid UTF-8 on one line: control characters, % and undecodable bytes become %XX."""
     raw = os.fsencode(name)

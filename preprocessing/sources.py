@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import UserError
+from ..files import numbered_lines
 from .lookup import (
     ARRAY_EXTENSION,
     Finder,
     is_folder,
     is_frame_folder,
-    numbered_lines,
     printable,
     relative_name,
     video_stem,

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .. import thumos_files
 from ..errors import UserError
-from .lookup import Finder, numbered_lines, printable, relative_name
+from .lookup import Finder, printable, relative_name
 from .sources import (
     Annotation,
     Rejection,
@@ -75,29 +74,6 @@ def thumos14(
     return SourceList(root.name, root, classes, sorted_unique(videos), tuple(rejected))
 
 
-def thumos_frames(
-    video_info: Path, annotations: Path, class_index: Path
-) -> dict[str, tuple[int, list[tuple[float, float, int]]]]:
-    """The annotated videos of a split as the original implementation sees them, in file order.
-
-    video_info, annotations, class_index: val_video_info.csv, val_Annotation.csv, `Class Index_Detection.txt`.
-    Video name -> (frames at 10 a second, (start, end, label) in those frames). It takes the frame columns, which
-    assume 30 frames a second, times sampled frames / frames: for a video of another rate that is not its seconds.
-    """
-    number_of, _ = _read_classes(class_index)
-    info = _read_info(video_info)
-    videos: dict[str, tuple[int, list[tuple[float, float, int]]]] = {}
-    for row in _read_rows(annotations, number_of):
-        if row["label"]:
-            if row["video"] not in info:
-                raise UserError(f"{video_info}: no line for {row['video']}")
-            counts = info[row["video"]]
-            ratio = counts["sample_count"] / counts["count"]
-            _, frames = videos.setdefault(row["video"], (int(counts["sample_count"]), []))
-            frames.append((row["startFrame"] * ratio, row["endFrame"] * ratio, row["label"]))
-    return videos
-
-
 def _annotations_folder(root: Path, annotations: Path | None) -> Path:
     names = ("", "annotations", "thumos_annotations")
     places = [annotations] if annotations else [base / name for base in (root, root.parent) for name in names]
@@ -119,20 +95,7 @@ def _classes(folder: Path) -> tuple[dict[int, int], tuple[str, ...]]:
     path = next((folder / name for name in names if (folder / name).is_file()), None)
     if path is None:
         raise UserError(f"there is no `{names[0]}` in {folder}")
-    return _read_classes(path)
-
-
-def _read_classes(path: Path) -> tuple[dict[int, int], tuple[str, ...]]:
-    pairs = []
-    for number, line in numbered_lines(path):
-        parts = line.split(maxsplit=1)
-        if len(parts) != 2 or not parts[0].isdecimal():
-            raise UserError(f"{path}, line {number}: expected `number name`, found {line!r}")
-        pairs.append((int(parts[0]), parts[1]))
-    return (
-        {original: label for label, (original, _) in enumerate(pairs, 1)},
-        ("Background", *(name for _, name in pairs)),
-    )
+    return thumos_files.read_classes(path)
 
 
 def _rows(folder: Path, split: str, number_of: dict[int, int]) -> Iterator[dict[str, Any]]:
@@ -140,18 +103,9 @@ def _rows(folder: Path, split: str, number_of: dict[int, int]) -> Iterator[dict[
     path = _csv_file(folder, split)
     if path is None:
         raise UserError(f"there is no {split}_Annotation.csv in {folder}")
-    return _read_rows(path, number_of)
-
-
-def _read_rows(path: Path, number_of: dict[int, int]) -> Iterator[dict[str, Any]]:
-    numbers = ("type_idx", "start", "end", "startFrame", "endFrame")
-    for where, row in _table(path, numbers):
-        relative_name(row["video"], path.parent, where)
-        if row["type_idx"] and row["type_idx"] not in number_of:
-            raise UserError(f"{where}: class number {row['type_idx']:g} is not in the class index file")
-        if not 0 <= row["start"] < row["end"] < math.inf:
-            raise UserError(f"{where}: start {row['start']:g} is not before end {row['end']:g}, or below 0")
-        yield {**row, "label": number_of.get(row["type_idx"], 0)}
+    for where, row in thumos_files.read_rows(path, number_of):
+        relative_name(row["video"], folder, where)
+        yield row
 
 
 class _Rates:
@@ -166,42 +120,8 @@ class _Rates:
         for place in (Path(path).parent, *self._places):
             if place not in self._read:
                 file = place / self._name
-                self._read[place] = _read_info(file) if file.is_file() else {}
+                self._read[place] = thumos_files.read_info(file) if file.is_file() else {}
             row = self._read[place].get(name) or self._read[place].get(printable(name))
             if row:
                 return row["sample_fps"]
         return None
-
-
-def _read_info(path: Path) -> dict[str, dict[str, Any]]:
-    videos = {}
-    for where, row in _table(path, ("fps", "sample_fps", "count", "sample_count")):
-        if min(row["sample_fps"], row["count"], row["sample_count"]) <= 0:
-            raise UserError(f"{where}: rates and counts must be above 0")
-        videos[row["video"]] = row
-    return videos
-
-
-def _table(path: Path, numbers: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of a CSV file with a column `video` and columns of numbers, each with its place for error messages."""
-    try:
-        file = open(path, encoding="utf-8-sig", newline="")  # noqa: SIM115 (closed below)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from None
-    with file:
-        reader = csv.DictReader(file)
-        try:
-            for name in ("video", *numbers):
-                if name not in (reader.fieldnames or ()):
-                    raise UserError(f"{path}: no column {name}; expected video, {', '.join(numbers)}")
-            for row in reader:
-                where = f"{path}, line {reader.line_num}"
-                try:
-                    values = {name: float(row[name]) for name in numbers}
-                except (TypeError, ValueError):
-                    raise UserError(f"{where}: {', '.join(numbers)} must be numbers") from None
-                yield where, {"video": row["video"], **values}
-        except UnicodeDecodeError:
-            raise UserError(f"{path} is not a UTF-8 text file") from None
-        except csv.Error as error:
-            raise UserError(f"{path}, line {reader.line_num}: not CSV ({error})") from None

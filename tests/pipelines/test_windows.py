@@ -6,7 +6,7 @@ import pytest
 
 from genkd.errors import UserError
 from genkd.pipelines import plan, windows
-from genkd.preprocessing.thumos import thumos_frames
+from genkd.thumos_files import thumos_frames
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from genkd import thumos_files
 from genkd.errors import UserError
 from genkd.preprocessing import thumos
 from genkd.preprocessing.sources import Annotation
@@ -135,7 +136,7 @@ def test_the_rate_of_arrays_is_what_was_written_with_them(small, tmp_path):
 def test_frames_of_the_original_are_frames_at_ten_a_second(small):
     info = "video,fps,sample_fps,count,sample_count\nval_1,30.0,10.0,300.0,100\nval_2,25.0,10.0,200.0,80\n"
     (small / "val_video_info.csv").write_text(info)
-    frames = thumos.thumos_frames(
+    frames = thumos_files.thumos_frames(
         small / "val_video_info.csv", small / "val_Annotation.csv", small / "Class_Index_Detection.txt"
     )
     assert frames == {"val_1": (100, [(45.0, 60.0, 2), (5.0, 60.0, 1)]), "val_2": (80, [(6.0, 72.0, 1)])}
