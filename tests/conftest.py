@@ -141,7 +141,9 @@ def bucket():
                 assert process.poll() is None and time.monotonic() < deadline, "the S3 server does not start"
                 time.sleep(0.2)
         import fsspec
+        import s3fs
 
+        s3fs.S3FileSystem.clear_instance_cache()  # one of another module's server
         fsspec.filesystem("s3").mkdir("bucket")
         yield "s3://bucket"
     finally:

@@ -9,14 +9,14 @@ import pyarrow as pa
 import pytest
 import torch
 
-from genkd import storage
+from genkd import remote_storage
 from genkd.configs.schema import DataConfig
 from genkd.errors import UserError
 from genkd.pipelines.cache import BLOCK, BlockCache
 from genkd.pipelines.loader import Loader
 from genkd.pipelines.store import ClipStore
 from genkd.preprocessing.shards import Corrupt, Dataset
-from genkd.storage import RemoteStorage
+from genkd.remote_storage import RemoteStorage
 
 CONFIG = DataConfig(clip_length=8, stride=2, size=32, scales=(1.0, 0.75))
 
@@ -138,7 +138,7 @@ def test_a_damaged_cache_is_read_again_and_a_damaged_object_is_named(remote, tmp
 
 def test_reads_are_tried_again_with_growing_waits(remote, monkeypatch):
     waits, failures = [], [3]
-    monkeypatch.setattr(storage.time, "sleep", waits.append)
+    monkeypatch.setattr(remote_storage.time, "sleep", waits.append)
     cat = remote.storage._fs.cat_file
 
     def failing(path, **options):

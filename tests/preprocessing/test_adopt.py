@@ -9,7 +9,7 @@ import time
 import pyarrow.parquet as pq
 import pytest
 
-from genkd import storage
+from genkd import remote_storage
 from genkd.errors import UserError
 from genkd.preprocessing import sources
 from genkd.preprocessing.convert import convert, merge
@@ -17,7 +17,8 @@ from genkd.preprocessing.export import export_parquet
 from genkd.preprocessing.plan import adopt
 from genkd.preprocessing.shards import Dataset
 from genkd.preprocessing.video import VideoSettings
-from genkd.storage import LocalStorage, RemoteStorage, storage_at
+from genkd.remote_storage import RemoteStorage
+from genkd.storage import LocalStorage, storage_at
 
 SETTINGS = VideoSettings("mjpeg", short_side=48)
 
@@ -81,7 +82,7 @@ def test_slices_that_refresh_at_once_delete_nothing_that_another_has_finished(ro
 
 
 def test_a_turn_is_given_to_one_run_at_a_time_elsewhere_too(monkeypatch):
-    monkeypatch.setattr(storage, "_SETTLE_SECONDS", 0.01)
+    monkeypatch.setattr(remote_storage, "_SETTLE_SECONDS", 0.01)
     first, second = RemoteStorage("memory://turns"), RemoteStorage("memory://turns")
     with first.turn() as mine, second.turn() as other:
         assert mine and not other

@@ -22,7 +22,8 @@ from genkd.preprocessing.convert import convert, merge
 from genkd.preprocessing.shards import Dataset
 from genkd.preprocessing.verify import verify
 from genkd.preprocessing.video import VideoSettings
-from genkd.storage import RemoteStorage, storage_at
+from genkd.remote_storage import RemoteStorage
+from genkd.storage import storage_at
 
 SETTINGS = VideoSettings("mjpeg", short_side=48)
 
