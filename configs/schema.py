@@ -163,3 +163,9 @@ class TrainConfig(_Frozen):
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     cvae_optimizer: OptimizerConfig = OptimizerConfig(name="adamw", lr=1e-4)
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        if self.data.dtype == "uint8":
+            raise ValueError("data.dtype=uint8 gives pixels as they are; training takes float32 or float16")
+        return self

@@ -62,7 +62,8 @@ def evaluate(
     with torch.inference_mode():
         for batch in loader:
             with torch.autocast(place.device.type, dtype, enabled=dtype != torch.float32):
-                scores = model(batch.clips).scores[: batch.count].double()
+                clips = batch.clips.float() if dtype == torch.float32 else batch.clips
+                scores = model(clips).scores[: batch.count].double()
             where = torch.tensor([number_of[int(row)] for row in batch.ids[: batch.count]], device=place.device)
             sums.index_add_(0, where.long(), scores)
             on_batch(batch.count)

@@ -199,7 +199,7 @@ def _attention_over_time(
         torch.inference_mode(),
     ):
         for batch in loader:
-            output = model(batch.clips)
+            output = model(batch.clips.float())
             scores.append(output.scores.mean(0).numpy())
             weights = output.attention.mean(1).numpy()  # (N,T')
             steps = np.arange(config.clip_length) * weights.shape[1] // config.clip_length

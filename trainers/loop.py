@@ -21,6 +21,7 @@ from ..evaluation import recognition
 from ..files import locked, remove_leftovers, write_atomically, write_json
 from ..models import checkpoints as weights
 from ..pipelines.loader import Loader
+from ..pipelines.streams import is_flow
 from ..preprocessing.shards import Dataset
 from . import checkpoint, phases
 from .distributed import Ranks, ranks
@@ -55,6 +56,12 @@ def train(config: TrainConfig, run: Path, say: Callable[[str], None] = print) ->
     if not config.data.dataset:
         raise UserError("data.dataset is not set; name a shard data set, e.g. data.dataset=data/ucf101")
     dataset = Dataset.open(config.data.dataset, cache_dir=config.data.cache_dir)
+    if is_flow(dataset):
+        raise UserError(f"{dataset.storage} holds optical flow; `genkd train` takes RGB data sets")
+    if dataset.labels[dataset.rows(config.data.train_split)].min() < 0:
+        raise UserError(
+            f"{dataset.storage} has videos without a class in its training split; recognition needs one each"
+        )
     with ranks(config.device) as place:
         torch.set_float32_matmul_precision("high")
         # Whatever is wrong with the input shows here, before the run folder is touched.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -35,6 +37,8 @@ class Stepper:
         torch.manual_seed(_mix(config.seed, step, self.place.rank))  # dropout's; makes resuming exact
         # Every clip of the global batch weighs the same however unevenly its ranks share it.
         weight = batch.count * self.place.world_size / batch.total
+        if self.dtype == torch.float32:
+            batch = dataclasses.replace(batch, clips=batch.clips.float())
         stages = self.phase.stages(batch, epoch, self._noise(batch, epoch))
         while True:
             with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):

@@ -7,6 +7,7 @@ import sys
 import time
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -318,6 +319,32 @@ def test_what_the_main_rank_finds_wrong_ends_every_rank(tiny, data, tmp_path):
     done = subprocess.run([*launch, *arguments], capture_output=True, text=True, timeout=100)
     assert done.returncode != 0
     assert "was begun with another configuration (epochs: 1 -> 3; seed: 0 -> 5)" in done.stderr
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_clips_of_half_precision_train_too(tiny, tmp_path, dtype):
+    config = tiny("teacher", "epochs=1", f"data.dtype={dtype}", "precision=fp32")
+    train(config, tmp_path / "run", quiet)
+    assert np.isfinite(losses(tmp_path / "run")[0]["recognizer/class"])
+
+
+def test_what_is_no_recognition_data_is_refused(tiny, data, tmp_path):
+    for name, change in (
+        ("flow", lambda info, table: ({**info, "modality": "flow"}, table)),
+        (
+            "untrimmed",
+            lambda info, table: (info, table.set_column(2, "label", pa.array([-1] * len(table), pa.int32()))),
+        ),
+    ):
+        shutil.copytree(data.path, tmp_path / name)
+        info, table = change(json.loads((tmp_path / name / "dataset.json").read_text()), data.table)
+        content = shards.parquet_bytes(table.replace_schema_metadata(None))
+        (tmp_path / name / "index.parquet").write_bytes(content)
+        info["index_digest"] = shards.digest_of(content)
+        (tmp_path / name / "dataset.json").write_text(json.dumps(info))
+        with pytest.raises(UserError, match=r"holds optical flow|without a class"):
+            train(tiny("teacher", f"data.dataset={tmp_path / name}"), tmp_path / "run", quiet)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_data_set_that_changed_is_refused(tiny, data, tmp_path):
