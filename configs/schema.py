@@ -32,8 +32,8 @@ class DataConfig(_Frozen):
     )
     padding: Literal["loop", "black", "zero", "fail"] = Field(
         "loop",
-        description="a video shorter than the clip: played in a loop, filled up with black frames or with zeros after "
-        "normalization, or refused",
+        description="a video shorter than the clip: played in a loop, filled up with black frames (flow: no motion) or "
+        "with zeros after normalization, or refused",
     )
     size: _Positive = Field(224, description="pixels, height and width of the clip")
     scales: _Floats = Field((1.0, 0.875, 0.75, 0.66), description="crop sides as shares of the short side")
@@ -68,7 +68,9 @@ class DataConfig(_Frozen):
     )
     decoder_threads: Annotated[int, Field(ge=0)] = Field(0, description="threads; 0: one a core, at most 8 a rank")
     pipelines_per_gpu: _Positive = Field(1, description="DALI pipelines that take turns with the batches")
-    prefetch: _Positive = Field(2, description="batches in flight ahead of the consumer")
+    prefetch: _Positive = Field(
+        2, description="batches inside a DALI pipeline, and how many more are being decoded for it"
+    )
     read_ahead: Annotated[int, Field(ge=0)] = Field(4, description="further batches whose bytes are fetched, if remote")
     cache_dir: str = Field("", description="folder for a cache of remote bytes; empty: none")
     cache_gb: Annotated[float, Field(gt=0)] = Field(50.0, description="size of that cache, 10^9 bytes")

@@ -13,6 +13,7 @@ from ..errors import UserError, explain_os_error
 
 BLOCK = 1 << 20  # bytes; a clip of a few hundred kilobytes touches one or two
 _FULL = 0.9  # what is kept when the limit is reached
+_LOOKS = 64  # into the folder, while one process writes as much as the limit
 
 
 class BlockCache:
@@ -83,4 +84,5 @@ class BlockCache:
                 total -= size
                 if total <= _FULL * self._limit:
                     break
-        return self._limit - total
+        # Others write too, so the folder is looked at again long before this one alone could have filled it.
+        return min(self._limit - total, self._limit // _LOOKS)

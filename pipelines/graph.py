@@ -1,4 +1,4 @@
-"""The DALI graph: encoded slices or decoded windows -> crop, resize, flip, colour, normalize, pad -> clips."""
+"""The DALI graph: encoded slices or decoded windows -> crop, resize, flip, colour, normalize -> clips."""
 
 from __future__ import annotations
 
@@ -99,13 +99,11 @@ def build(source: Callable[[], tuple], config: DataConfig, spec: Spec, device: t
                 clip, brightness=given["brightness"], contrast=given["contrast"], saturation=given["saturation"],
                 hue=given["hue"],
             )  # fmt: skip
-        if config.padding == "black":
-            clip = _padded(clip, config)
         mirror = given["flip"] if spec.encoded and not spec.flow else None
         if config.dtype == "uint8":
             return clip if mirror is None else fn.flip(clip, horizontal=mirror)
         mean, std = (config.flow_mean, config.flow_std) if spec.flow else (config.mean, config.std)
-        clip = fn.crop_mirror_normalize(
+        return fn.crop_mirror_normalize(
             clip,
             mirror=0 if mirror is None else mirror,
             mean=[255 * value for value in mean],
@@ -113,7 +111,6 @@ def build(source: Callable[[], tuple], config: DataConfig, spec: Spec, device: t
             dtype=_TYPES[config.dtype],
             output_layout="FHWC",
         )
-        return _padded(clip, config) if config.padding == "zero" else clip
 
     pipeline = graph()
     pipeline.build()
@@ -138,5 +135,11 @@ def _flow_window(frames: DataNode, given: dict[str, DataNode], config: DataConfi
     return fn.cat(turned, y, axis=-1)
 
 
-def _padded(clip: DataNode, config: DataConfig) -> DataNode:
-    return fn.pad(clip, axis_names="F", shape=[config.clip_length], fill_value=0)
+def reason(error: Exception) -> str:
+    """What DALI says itself, out of the text in which it wraps it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    for number, line in enumerate(lines[:-1]):
+        if line.endswith("encountered:"):
+            told = lines[number + 1]
+            return told.split("] ", 1)[-1] if told.startswith(("Error in", "[")) else told
+    return lines[0] if lines else type(error).__name__

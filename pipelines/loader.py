@@ -18,6 +18,7 @@ from ..configs.schema import DataConfig
 from ..errors import UserError
 from ..preprocessing.shards import Corrupt, Dataset
 from . import plan
+from .graph import reason
 from .run import Item, Run
 from .stats import Meter
 from .streams import Stream, is_flow, shapes
@@ -102,9 +103,11 @@ class Loader:
         if training and batch_size % world_size:
             near = max(1, batch_size // world_size) * world_size
             raise UserError(f"batch size {batch_size} cannot be shared evenly by {world_size} ranks; use {near}")
+        if views[0] < 1 or views[1] not in (1, 3):
+            raise UserError(f"views {views}: clips must be 1 or more, crops 1 or 3")
         self.dataset, self.config, self.training, self.seed = dataset, config, training, seed
         self.batch_size, self.rank, self.world_size, self.views = batch_size, rank, world_size, views
-        self.detection, self.device = detection, torch.device(device)
+        self.detection, self.device = detection, _placed(torch.device(device))
         self.rows = dataset.rows(split) if rows is None else rows
         self._refuse_unsuitable(flow)
         self.plan = self._plan()
@@ -123,8 +126,10 @@ class Loader:
         self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="genkd-decode")
         remote = any(stream.store.is_remote for stream in self.streams)
         self.readers = ThreadPoolExecutor(32, thread_name_prefix="genkd-read") if remote else None
-        self.bad_rows: set[int] = set()
+        self.undecodable: set[tuple[int, int, int]] = set()  # places of samples; see run.Item
         self._run: Run | None = None
+        self._told: set[int] = set()  # rows whose payload was named as bad
+        self._restored = self._closed = False
 
     @property
     def count(self) -> int:
@@ -139,35 +144,42 @@ class Loader:
         return {"epoch": self.epoch, "batch": self.batch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.epoch, self.batch = int(state["epoch"]), int(state["batch"])
-        self._drop_run()
+        """Raises UserError for a place that this loader does not have, as with another data set or batch size."""
+        epoch, batch = int(state["epoch"]), int(state["batch"])
+        if epoch < 0 or not 0 <= batch <= len(self):
+            raise UserError(f"epoch {epoch}, batch {batch}: an epoch of {self.dataset.storage} has {len(self)} batches")
+        self._go_to(epoch, batch)
+        self._restored = True
 
     def stats(self) -> dict[str, float]:
         """Clips, frames and MB a second, decoded frames for each used one, the share of the time that the consumer
-        waited; see stats.Meter."""
+        waited, all since the first batch was asked for; see stats.Meter."""
         return self.meter.read_out()
 
     def __iter__(self) -> Iterator[Batch]:
-        if not self.training and self.batch >= len(self):
-            self.load_state_dict({"epoch": 0, "batch": 0})
+        if not self.training and not self._restored:
+            self._go_to(0, 0)  # a pass is a whole one, wherever the one before was left
+        self._restored = False
         while self.batch < len(self):
-            started = time.perf_counter()
-            batch = self._next()
-            self.meter.batch(batch.count, batch.count * self.config.clip_length, time.perf_counter() - started)
+            batch = self._timed_next()
             self.batch += 1
             if self.training and self.batch == len(self):
                 self.epoch, self.batch = self.epoch + 1, 0
                 yield batch
                 return
             yield batch
-        self._drop_run()  # an evaluation is over: its memory is free until the next one
+        if self.training:  # restored at an epoch's end: the next one is to come
+            self.epoch, self.batch = self.epoch + 1, 0
+        else:
+            self._drop_run()  # an evaluation is over: its memory is free until the next one
 
     def close(self) -> None:
-        """Ends the threads and frees the pipelines' memory."""
+        """Ends the threads and frees the pipelines' memory; a remote read under way ends by itself."""
+        self._closed = True
         self._drop_run()
-        for pool in (self.readers, self.pool):
-            if pool is not None:
-                pool.shutdown(wait=True, cancel_futures=True)
+        if self.readers is not None:
+            self.readers.shutdown(wait=False, cancel_futures=True)
+        self.pool.shutdown(wait=self.readers is None, cancel_futures=True)
         for stream in self.streams:
             stream.store.close()
 
@@ -186,16 +198,14 @@ class Loader:
         return self.plan.sample(epoch, position, skip)
 
     def bad_payload(self, row: int, problem: Corrupt) -> None:
-        """Raises Corrupt with the key and shard of a bad payload, or notes that a neighbour takes its place."""
-        key, shard = (self.dataset.table[name][row].as_py() for name in ("key", "shard"))
-        message = f"{key} in {self.dataset.storage}/shards/{shard}: {problem}"
+        """Raises Corrupt for a bad payload, saying what can be done, or notes that a neighbour takes its place."""
         if not self.training:
-            raise Corrupt(f"{message}; an evaluation takes no other video in its place: make the data set again")
+            raise Corrupt(f"{problem}; an evaluation takes no other video in its place: make the data set again")
         if self.config.on_error == "fail":
-            raise Corrupt(f"{message}; `genkd verify` lists all such videos, data.on_error=replace trains without them")
-        if row not in self.bad_rows:
-            log.warning("%s; a neighbour in the epoch's order takes its place", message)
-            self.bad_rows.add(row)
+            raise Corrupt(f"{problem}; `genkd verify` lists all such videos, data.on_error=replace trains without them")
+        if row not in self._told:
+            log.warning("%s; a neighbour in the epoch's order takes its place", problem)
+            self._told.add(row)
 
     def _plan(self) -> plan.Plan:
         config, dataset, rows, of_all = self.config, self.dataset, self.rows, shapes(self.dataset)
@@ -242,24 +252,35 @@ class Loader:
             how = "played in a loop" if config.padding == "loop" else "filled up"
             _say_once(f"{short} of {len(frames)} videos are shorter than a clip of {needed} frames and are {how}")
 
+    def _timed_next(self) -> Batch:
+        self.meter.start()
+        started = time.perf_counter()
+        batch = self._next()
+        self.meter.batch(batch.count, batch.count * self.config.clip_length, time.perf_counter() - started)
+        return batch
+
     def _next(self) -> Batch:
+        if self._closed:
+            raise UserError("the loader is closed; make another one")
         while True:
             if self._run is None:
                 self._run = Run(self)
             try:
                 outputs, items, count, total = self._run.next()
-                return self._batch(outputs, items, count, total)
+                break
             except RuntimeError as error:  # DALI's; its pipeline is unusable from here on
                 run, self._run = self._run, None
-                found = run.undecodable()
+                found = run.find_undecodable()
                 run.close()
-                if not found:
-                    raise UserError(f"the DALI pipeline failed: {_first_line(error)}") from error
-                for row, problem in found.items():
+                if not found.keys() - self.undecodable:
+                    raise UserError(f"the DALI pipeline failed: {reason(error)}") from error
+                self.undecodable.update(found)
+                for row, problem in found.values():
                     self.bad_payload(row, problem)
             except BaseException:
                 self._drop_run()  # its lanes no longer stand at the same batch
                 raise
+        return self._batch(outputs, items, count, total)
 
     def _batch(self, outputs: list[torch.Tensor], items: list[Item], count: int, total: int) -> Batch:
         """outputs: of each stream, (N,T,H,W,C)."""
@@ -286,15 +307,20 @@ class Loader:
         boundaries = np.stack([boundary_targets(window.actions, length) for window in windows])
         picked = torch.arange(len(samples), device=self.device)[:, None], torch.from_numpy(order).to(self.device)
         clips, *flow = (output[picked].permute(0, 4, 1, 2, 3) for output in outputs)
+        flat = np.array([action for window in windows for action in window.actions], np.float32).reshape(-1, 3)
         return Windows(
             offsets,
-            tuple(torch.tensor(window.actions, dtype=torch.float32, device=self.device) for window in windows),
+            torch.from_numpy(flat).to(self.device).split([len(window.actions) for window in windows]),
             torch.from_numpy(boundaries).to(self.device, torch.float32),
             clips,
             flow[0] if flow else None,
             torch.from_numpy(segments).to(self.device),
             torch.from_numpy(has_splice).to(self.device),
         )
+
+    def _go_to(self, epoch: int, batch: int) -> None:
+        self.epoch, self.batch = epoch, batch
+        self._drop_run()
 
     def _drop_run(self) -> None:
         if self._run is not None:
@@ -307,11 +333,6 @@ def _say_once(text: str) -> None:
     log.info(text)
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = [
-        line
-        for line in lines
-        if not line.startswith(("Critical error", "Error in", "which was", "encountered", "File "))
-    ]
-    return (told or lines or [type(error).__name__])[0]
+def _placed(device: torch.device) -> torch.device:
+    """A GPU with its number: DALI has to be told which one torch means."""
+    return torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device

@@ -39,8 +39,7 @@ def decode_clip(
     (OpenCV). Raises Corrupt if a frame cannot be decoded.
     """
     order, inverse = np.unique(frames, return_inverse=True)
-    in_order = len(order) == len(frames) and bool((inverse == np.arange(len(frames))).all())
-    clip = out if in_order else np.empty((len(order), *out.shape[1:]), np.uint8)
+    clip = out[: len(order)]
     top, left, bottom, right = crop
     height, width, channels = out.shape[1:]
     # Below that, bilinear sampling passes over no pixel.
@@ -58,8 +57,8 @@ def decode_clip(
             cv2.resize(region, (width, height), dst=place, interpolation=method)
     if channels == 2 and flip:
         np.subtract(255, clip[..., 0], out=clip[..., 0])
-    if not in_order:
-        np.take(clip, inverse, axis=0, out=out)
+    if (inverse != np.arange(len(frames))).any():
+        out[:] = out[inverse]
 
 
 def _pictures(data: np.ndarray, order: np.ndarray) -> Iterator[np.ndarray]:

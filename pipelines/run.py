@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class Item:
-    """A sample on its way. encoded: whether DALI decodes it; reads, media: of each stream."""
+    """A sample on its way. skip: how many places later its item stands in the epoch's order, where the right one cannot
+    be used; encoded: whether DALI decodes it; reads, media: of each stream; resolved: the media once they are known to
+    be good, the same for every lane."""
 
     epoch: int
     position: int
@@ -29,6 +31,13 @@ class Item:
     encoded: bool
     reads: list[Future[Slice] | None]
     media: list[Future[Media]]
+    skip: int = 0
+    resolved: list[Media] | None = None
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """What decides the sample, on any rank and in any run."""
+        return self.epoch, self.position, self.skip
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,9 @@ class Run:
         parts = [[lane.run() for lane in lanes] for lanes in planned.lanes]
         self._inside.popleft()
         outputs = [part[0] if len(part) == 1 else torch.cat(part) for part in parts]
+        for stream, output in zip(self._loader.streams, outputs, strict=True):
+            for clip, item in zip(output, planned.items, strict=True):
+                stream.fill_up(clip, item.sample)
         return outputs, planned.items, planned.count, planned.total
 
     def advance(self) -> bool:
@@ -88,35 +100,53 @@ class Run:
         self._inside.append(_Planned(items, count, total, used))
         return True
 
-    def resolve(self, item: Item, number: int) -> Media:
-        """A sample's media of a stream; a bad payload is replaced by the next readable one of the epoch's order, if
-        that is allowed."""
-        loader, skip = self._loader, 0
-        while True:
-            if item.sample.row not in loader.bad_rows:
+    def resolve(self, item: Item) -> list[Media]:
+        """A sample's media, of each stream; one that cannot be read is replaced by the next that can of the epoch's
+        order, if that is allowed. That depends on nothing that the loader has met before, so it can be repeated."""
+        loader = self._loader
+        while item.resolved is None:
+            if item.place not in loader.undecodable:
                 try:
-                    return [future.result() for future in item.media][number]
+                    item.resolved = [future.result() for future in item.media]
+                    break
                 except Corrupt as problem:
                     loader.bad_payload(item.sample.row, problem)
-            skip += 1
-            if skip >= loader.plan.count:
+            item.skip += 1
+            if item.skip >= loader.plan.count:
                 raise Corrupt(f"no video of {loader.dataset.storage} can be decoded")
-            item.sample = loader.sample(item.epoch, item.position, skip)
+            item.sample = loader.sample(*item.place)
             item.reads = [None] * len(item.reads)
             self._decode(item)
             loader.meter.replaced += 1
+        return item.resolved
 
-    def undecodable(self) -> dict[int, Corrupt]:
-        """Rows inside the pipelines that PyAV cannot decode either, with what it says."""
-        found: dict[int, Corrupt] = {}
-        for planned in self._inside:
-            for item in planned.items:
+    def find_undecodable(self) -> dict[tuple[int, int, int], tuple[int, Corrupt]]:
+        """Of what the pipelines have, the places and rows that cannot be decoded, and why: by what PyAV says or, where
+        it decodes all of them, by what DALI says of each alone."""
+        inside = [item for planned in self._inside for item in planned.items if item.resolved is not None]
+        for refusal in (_by_pyav, self._by_dali):
+            found = {}
+            for item in inside:
                 for stream in self._loader.streams:
-                    try:
-                        stream.prepare(item.sample, stream.read(item.sample), encoded=False)
-                    except Corrupt as problem:
-                        found[item.sample.row] = problem
-        return found
+                    problem = refusal(stream, item.sample)
+                    if problem is not None:
+                        found[item.place] = item.sample.row, problem
+            if found:
+                return found
+        return {}
+
+    def _by_dali(self, stream: Stream, sample: plan.Sample) -> Corrupt | None:
+        loader, decoder = self._loader, stream.decoder
+        if decoder == "pyav":
+            return None
+        media = stream.prepare(sample, stream.read(sample), encoded=True)
+        spec = graph.Spec(True, stream.is_flow, stream.jitters_colour, 1, 1)
+        pipeline = graph.build(lambda: stream.feed([sample], [media], True), loader.config, spec, loader.device)
+        try:
+            pipeline.run()
+        except RuntimeError as error:
+            return stream.blamed(sample, f"DALI does not decode it ({graph.reason(error)})")
+        return None
 
     def close(self) -> None:
         """Takes back what has not begun, and frees the pipelines, which hold references to this object."""
@@ -166,6 +196,7 @@ class _Lane:
     def __init__(self, run: Run, loader: Loader, stream: Stream, encoded: bool, share: int):
         self.encoded, self.ahead = encoded, deque[list[Item]]()
         self._fed: deque[list[Media]] = deque()  # what the pipeline may still read
+        self._failure: Exception | None = None
         self._run, self._stream, self._device = run, stream, loader.device
         self._number, self._prefetch = loader.streams.index(stream), loader.config.prefetch
         spec = graph.Spec(encoded, stream.is_flow, stream.jitters_colour, share, loader.threads)
@@ -182,7 +213,11 @@ class _Lane:
         """The clips of the next part: (N,T,size,size,C) on the device, ready for torch's current stream."""
         assert self._pipeline is not None, "a closed run gives no more batches"
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
-        (output,) = self._pipeline.run(stream)
+        try:
+            (output,) = self._pipeline.run(stream)
+        except StopIteration:
+            assert self._failure is not None, "no batch is asked for behind the end"
+            raise self._failure from None
         self._stream.release(self._fed.popleft(), self.encoded)
         return torch.from_dlpack(output.as_tensor())
 
@@ -191,13 +226,20 @@ class _Lane:
         self.ahead.clear()
 
     def _feed(self) -> Any:
-        """What DALI takes in for a batch; later ones are begun before this one is waited for."""
+        """What DALI takes in for a batch; later ones are begun before this one is waited for.
+
+        A failure is raised when its batch is due: those before it, which the pipeline has, come first.
+        """
         while len(self.ahead) <= self._prefetch and self._run.advance():
             pass
-        if not self.ahead:
+        if not self.ahead or self._failure:
             raise StopIteration
         items = self.ahead.popleft()
-        media = [self._run.resolve(item, self._number) for item in items]
+        try:
+            media = [self._run.resolve(item)[self._number] for item in items]
+        except Exception as error:
+            self._failure = error
+            raise StopIteration from None
         self._fed.append(media)
         return self._stream.feed([item.sample for item in items], media, self.encoded)
 
@@ -213,3 +255,11 @@ def _by_dali(stream: Stream, item: Item) -> bool:
 
 def _prepare(stream: Stream, sample: plan.Sample, read: Future[Slice] | None, encoded: bool) -> Media:
     return stream.prepare(sample, stream.read(sample) if read is None else read.result(), encoded)
+
+
+def _by_pyav(stream: Stream, sample: plan.Sample) -> Corrupt | None:
+    try:
+        stream.prepare(sample, stream.read(sample), encoded=False)
+    except Corrupt as problem:
+        return problem
+    return None

@@ -60,8 +60,8 @@ class ClipStore:
         base = int(video.gop_frames[begin])
         try:
             return Slice(self._checked(video, begin, end), base)
-        except _WrongChecksum as wrong:
-            if self._shards.forget(video, begin, end):  # a damaged cache; the storage itself may be sound
+        except _Torn as wrong:
+            if self._shards.forget(video, begin, end):
                 return Slice(self._checked(video, begin, end), base)
             raise wrong
 
@@ -76,12 +76,12 @@ class ClipStore:
         for number, crc32c in enumerate(sums):
             if checksum_of(data[bounds[number] : bounds[number + 1]]) != crc32c:
                 part = f"GOP {begin + number - 1}" if number else "the header"
-                raise _WrongChecksum(f"the checksum of {part} is not that of the index")
+                raise _Torn(f"the checksum of {part} is not that of the index")
         return data
 
 
-class _WrongChecksum(Corrupt):
-    """Bytes of the right length that are not those that were written."""
+class _Torn(Corrupt):
+    """Bytes that are not those that were written; those of a cache or a network may be right the next time."""
 
 
 class _Mapped:
@@ -102,6 +102,7 @@ class _Mapped:
         return payload if begin == 0 else np.concatenate([payload[: video.header_size], payload[start:]])
 
     def forget(self, video: Video, begin: int, end: int) -> bool:
+        """False: a file of this machine stays as it is."""
         return False
 
     def close(self) -> None:
@@ -142,8 +143,9 @@ class _Remote:
         return np.concatenate([self._read(video, 0, video.header_size), self._read(video, start, stop)])
 
     def forget(self, video: Video, begin: int, end: int) -> bool:
+        """Drops what the cache has of a range; True, as it is worth another look."""
         if self._cache is None:
-            return False
+            return True
         for start, stop in ((0, video.header_size), (int(video.gop_offsets[begin]), int(video.gop_offsets[end]))):
             for number in _blocks(video.offset + start, video.offset + stop):
                 self._cache.drop(f"{self._prefix}/{video.shard}", number)
@@ -156,8 +158,8 @@ class _Remote:
         """Bytes start..stop of a payload."""
         start, stop = video.offset + start, video.offset + stop
         data = self._fetch(video.shard, start, stop) if self._cache is None else self._cached(video.shard, start, stop)
-        if len(data) < stop - start:
-            raise Corrupt(f"the index points past the end of shard {video.shard}")
+        if len(data) < stop - start:  # a damaged cache or a torn answer, unless it is so again
+            raise _Torn(f"the index points past the end of shard {video.shard}")
         return np.frombuffer(data, np.uint8)
 
     def _cached(self, shard: str, start: int, stop: int) -> bytes:

@@ -12,7 +12,8 @@ import torch
 
 from ..configs.schema import DataConfig
 from ..errors import UserError
-from ..preprocessing.shards import Dataset, Video
+from ..preprocessing.shards import Corrupt, Dataset, Video
+from ..storage import LocalStorage
 from . import graph
 from .buffers import Buffers
 from .cache import BlockCache
@@ -52,9 +53,13 @@ class Stream:
         require_readable(dataset, own)
         codecs = pc.unique(dataset.table["codec"].take(pa.array(own))).to_pylist()
         self.decoder = graph.choose_decoder(config.decoder, codecs, device.type)
-        cache = BlockCache(Path(config.cache_dir, "blocks"), int(config.cache_gb * 1e9)) if config.cache_dir else None
+        remote = not isinstance(dataset.storage, LocalStorage)
+        cache = None
+        if config.cache_dir and remote:
+            cache = BlockCache(Path(config.cache_dir, "blocks"), int(config.cache_gb * 1e9))
         self.store = ClipStore(dataset, cache, config.retries)
         self.buffers = Buffers()
+        self._filler = _filler(config, self.is_flow, device)
         self.jitters_colour = config.jitters_colour and not self.is_flow
 
     def video(self, sample: Sample) -> Video:
@@ -62,20 +67,39 @@ class Stream:
         return self.dataset.video(self._row(sample))
 
     def read(self, sample: Sample) -> Slice:
-        """The bytes that hold a sample's frames."""
-        return self.store.read(self.video(sample), int(sample.frames.min()), int(sample.frames.max()))
+        """The bytes that hold a sample's frames. Raises Corrupt naming key and shard."""
+        try:
+            return self.store.read(self.video(sample), int(sample.frames.min()), int(sample.frames.max()))
+        except Corrupt as problem:
+            raise self.blamed(sample, str(problem)) from None
 
     def prepare(self, sample: Sample, part: Slice, encoded: bool) -> Media:
-        """What the graph takes. Raises Corrupt if a frame cannot be decoded."""
+        """What the graph takes: always a whole clip, the last frame again where fill_up() puts something else. Raises
+        Corrupt naming key and shard if a frame cannot be decoded."""
+        length = self.config.clip_length
         frames = (sample.frames - part.base).astype(np.int32)
         self._meter.media(part.data.nbytes, int(frames.max()) + 1, len(frames))
+        frames = np.pad(frames, (0, length - len(frames)), mode="edge")
         crop = self._crop(sample)
         if encoded:
             return Media(part.data, frames, crop)
         window = (round(crop[0]), round(crop[1]), max(round(crop[2]), 1), max(round(crop[3]), 1))
-        clip = self.buffers.take((len(frames), self.config.size, self.config.size, 2 if self.is_flow else 3))
-        decode_clip(part.data, frames, window, clip, flip=sample.flip)
+        clip = self.buffers.take((length, self.config.size, self.config.size, 2 if self.is_flow else 3))
+        try:
+            decode_clip(part.data, frames, window, clip, flip=sample.flip)
+        except Corrupt as problem:
+            raise self.blamed(sample, str(problem)) from None
         return Media(clip, frames, crop)
+
+    def fill_up(self, clip: torch.Tensor, sample: Sample) -> None:
+        """Puts the padding behind a sample's frames in a finished clip (T,size,size,C)."""
+        if len(sample.frames) < len(clip):
+            clip[len(sample.frames) :] = self._filler
+
+    def blamed(self, sample: Sample, problem: str) -> Corrupt:
+        """An error that names a sample's key and shard in this data set."""
+        key, shard = (self.dataset.table[name][self._row(sample)].as_py() for name in ("key", "shard"))
+        return Corrupt(f"{key} in {self.dataset.storage}/shards/{shard}: {problem}")
 
     def release(self, media: list[Media], encoded: bool) -> None:
         """What the graph has done with."""
@@ -107,6 +131,20 @@ class Stream:
         x, y = own_width / width, own_height / height
         top, left, bottom, right = sample.crop
         return top * y, left * x, bottom * y, right * x
+
+
+def _filler(config: DataConfig, flow: bool, device: torch.device) -> torch.Tensor:
+    """A pixel of padding as it stands in a clip, (C,): zeros, or black; for flow that is no motion."""
+    channels = 2 if flow else 3
+    mean, std = (config.flow_mean, config.flow_std) if flow else (config.mean, config.std)
+    level = 128 if flow else 0
+    if config.padding == "zero":
+        values = [0.0] * channels
+    elif config.dtype == "uint8":
+        values = [level] * channels
+    else:
+        values = [(level / 255 - m) / s for m, s in zip(mean, std, strict=True)]
+    return torch.tensor(values, dtype=getattr(torch, config.dtype), device=device)
 
 
 def is_flow(dataset: Dataset) -> bool:

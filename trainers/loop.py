@@ -99,6 +99,7 @@ class _Trainer:
         self.step, self.unevaluated = 0, 0
         self.total_steps = config.epochs * len(self.loader)
         self._clips, self._waited = 0, 0.0
+        self._stats: dict[str, float] = {}
 
     def fit(self) -> dict[str, Any]:
         """Trains to the last epoch and writes weights and result.json."""
@@ -135,10 +136,15 @@ class _Trainer:
         waited = self.loader.meter.wait_s
         values |= self.clock.read(self.step, self._clips, waited - self._waited)
         self._clips, self._waited = 0, waited
-        stats = self.loader.stats()
+        now, before = self.loader.stats(), self._stats
+        used, decoded, megabytes, seconds = (
+            now[name] - before.get(name, 0.0) for name in ("used_frames", "decoded_frames", "read_mb", "seconds")
+        )
+        self._stats = now
         values |= {
             "frames_per_s": values["clips_per_s"] * self.config.data.clip_length,
-            **{name: stats[name] for name in ("decoded_per_used", "read_mb_per_s")},
+            "decoded_per_used": decoded / used if used else 0.0,
+            "read_mb_per_s": megabytes / seconds if seconds else 0.0,
         }
         if metrics:
             metrics.write("train", self.step, {"epoch": epoch, **values})

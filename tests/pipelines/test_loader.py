@@ -125,6 +125,28 @@ def test_evaluation_gives_every_view_once_and_again(data):
             assert seen == np.repeat(data.rows("test"), 6).tolist()
 
 
+def test_an_evaluation_that_was_left_begins_anew(data):
+    with loader(data, "test", training=False, batch_size=7) as batches:
+        next(iter(batches))
+        assert sum(ids(batches), []) == data.rows("test").tolist()
+        batches.load_state_dict({"epoch": 0, "batch": 1})
+        assert sum(ids(batches), []) == data.rows("test").tolist()[7:]
+
+
+def test_places_that_do_not_exist_are_refused(data):
+    with loader(data, batch_size=3) as batches:
+        for state in ({"epoch": 3, "batch": 5}, {"epoch": 0, "batch": -1}, {"epoch": -1, "batch": 0}):
+            with pytest.raises(UserError, match=r"an epoch of .* has 4 batches"):
+                batches.load_state_dict(state)
+        batches.load_state_dict({"epoch": 1, "batch": 4})
+        assert ids(batches) == [] and batches.state_dict() == {"epoch": 2, "batch": 0}
+    with pytest.raises(UserError, match="the loader is closed"):
+        next(iter(batches))
+    for views in ((0, 1), (1, 2)):
+        with pytest.raises(UserError, match="crops 1 or 3"):
+            loader(data, "test", training=False, views=views)
+
+
 def test_chosen_rows_only(data):
     with loader(data, "", training=False, rows=data.rows("test")[3:5]) as batches:
         assert ids(batches) == [data.rows("test")[3:5].tolist()]
@@ -157,17 +179,20 @@ def spoiled(shard_sets, tmp_path):
         content[video.offset + video.header_size + 200 : video.offset + video.size] = noise
         path.write_bytes(content)
         if sums:
-            payload = content[video.offset : video.offset + video.size]
-            bounds = [0, *video.gop_offsets.tolist()]
-            lists = dataset.table["gop_crc32c"].to_pylist()
-            lists[video.row] = [checksum_of(bytes(payload[a:b])) for a, b in itertools.pairwise(bounds)]
-            column = dataset.table.schema.names.index("gop_crc32c")
-            dataset.table = dataset.table.set_column(
-                column, "gop_crc32c", pa.array(lists, pa.list_(pa.uint32()))
-            ).combine_chunks()
+            _set_sums(dataset, video, bytes(content[video.offset : video.offset + video.size]))
         return dataset, video
 
     return make
+
+
+def _set_sums(dataset, video, payload):
+    """Gives the opened data set the checksums of another payload."""
+    bounds = [0, *video.gop_offsets.tolist()]
+    lists = dataset.table["gop_crc32c"].to_pylist()
+    lists[video.row] = [checksum_of(payload[a:b]) for a, b in itertools.pairwise(bounds)]
+    column = dataset.table.schema.names.index("gop_crc32c")
+    values = pa.array(lists, pa.list_(pa.uint32()))
+    dataset.table = dataset.table.set_column(column, "gop_crc32c", values).combine_chunks()
 
 
 def by_decoder(codec):
@@ -202,10 +227,12 @@ def test_a_corrupt_payload_is_replaced_by_its_neighbour_on_demand(spoiled, codec
     assert video.key in caplog.text
 
 
-def test_an_epoch_can_be_gone_on_with_after_a_corrupt_payload(spoiled):
-    """What raised is raised again; nothing hangs, and the batches before it come as they are."""
-    dataset, video = spoiled("vp9")
-    with loader(dataset, batch_size=2) as batches:
+@pytest.mark.parametrize("prefetch", [1, 2, 4])
+@pytest.mark.parametrize("codec", ["vp9", "h264"])
+def test_all_batches_before_a_corrupt_payload_come_and_it_is_raised_again(spoiled, codec, prefetch):
+    dataset, video = spoiled(codec)
+    config = by_decoder(codec).model_copy(update={"prefetch": prefetch})
+    with loader(dataset, batch_size=2, config=config) as batches:
         place = [batches.sample(0, position).row for position in range(10)].index(video.row)
         for _ in range(2):
             batches.load_state_dict({"epoch": 0, "batch": 0})
@@ -213,9 +240,56 @@ def test_an_epoch_can_be_gone_on_with_after_a_corrupt_payload(spoiled):
             with pytest.raises(Corrupt):
                 for batch in batches:
                     got += batch.count
-            assert got <= place
+            assert got == place // 2 * 2
             with pytest.raises(Corrupt):
                 list(batches)
+
+
+def test_what_dali_alone_refuses_is_found_and_named(shard_sets, tmp_path):
+    """A track header of zeros, with its checksum: packets that go straight to a decoder do not need it."""
+    shutil.copytree(shard_sets("vp9").path, tmp_path / "data")
+    dataset = Dataset.open(tmp_path / "data")
+    video = dataset.video(int(dataset.rows("train")[4]))
+    path = tmp_path / "data" / "shards" / video.shard
+    content = bytearray(path.read_bytes())
+    header = content[video.offset : video.offset + video.header_size]
+    start = header.index(b"tkhd") + 4
+    header[start : start + 84] = bytes(84)
+    content[video.offset : video.offset + video.header_size] = header
+    path.write_bytes(content)
+    _set_sums(dataset, video, bytes(content[video.offset : video.offset + video.size]))
+    config = CONFIG.model_copy(update={"decoder": "dali"})
+    with loader(dataset, config=config) as batches, pytest.raises(Corrupt) as caught:
+        list(batches)
+    assert video.key in str(caught.value) and "DALI does not decode it (" in str(caught.value)
+    assert "fn.decoders" not in str(caught.value)
+    with loader(dataset, config=config.model_copy(update={"on_error": "replace"})) as batches:
+        order = [batches.sample(0, position).row for position in range(10)]
+        got = sum(ids(batches), [])
+    place = order.index(video.row)
+    assert got == [*order[:place], order[(place + 1) % 10], *order[place + 1 :]]
+    with loader(dataset, config=CONFIG.model_copy(update={"decoder": "pyav"})) as batches:
+        assert sorted(sum(ids(batches), [])) == dataset.rows("train").tolist()
+
+
+def test_replacements_are_the_same_in_a_run_that_goes_on(shard_sets, tmp_path):
+    """Only a GOP is bad: which clips of the video need it depends on the epoch, and on nothing that was met before."""
+    shutil.copytree(shard_sets("mjpeg").path, tmp_path / "data")
+    dataset = Dataset.open(tmp_path / "data")
+    video = dataset.video(int(dataset.rows("train")[4]))
+    with open(tmp_path / "data" / "shards" / video.shard, "r+b") as file:
+        file.seek(video.offset + int(video.gop_offsets[12]) + 200)
+        file.write(b"damaged")
+    config = CONFIG.model_copy(update={"on_error": "replace"})
+    with loader(dataset, config=config) as batches:
+        epochs = [ids(batches) for _ in range(12)]
+    counts = [sum(epoch, []).count(video.row) for epoch in epochs]
+    assert 0 < sum(counts) < 12
+    for start in (3, 7):
+        with loader(dataset, config=config, rank=1, world_size=2) as batches:
+            batches.load_state_dict({"epoch": start, "batch": 1})
+            rest = ids(batches)
+        assert rest == [batch[len(batch) // 2 :] for batch in epochs[start][1:]]
 
 
 def test_a_data_set_without_any_good_video_ends_with_a_sentence(data, tmp_path):
@@ -331,7 +405,7 @@ def test_fifty_loaders_leave_no_threads_and_no_memory(data, decoder):
 def test_stats_count_what_was_read_and_decoded(shard_sets):
     """MJPEG has a GOP a frame: for 8 frames at stride 2, 15 are read and decoded."""
     with loader(shard_sets("mjpeg")) as batches:
-        assert batches.stats()["clips"] == 0
+        assert batches.stats()["clips"] == 0 and batches.meter.started is None  # idle time counts for nothing
         list(batches)
         batches.close()
         stats = batches.stats()

@@ -1,6 +1,6 @@
 """Flow, pairs, detection windows, shared decoding, types and padding: what a loader does beyond RGB clips."""
 
-import dataclasses
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +15,7 @@ from genkd.pipelines.pyav import decode_rgb
 from genkd.preprocessing.convert import convert
 from genkd.preprocessing.flow import FlowSettings
 from genkd.preprocessing.interop import dataset_sources
-from genkd.preprocessing.shards import Dataset
+from genkd.preprocessing.shards import Corrupt, Dataset
 
 CONFIG = DataConfig(clip_length=8, stride=2, size=32, scales=(1.0, 0.75))
 
@@ -272,13 +272,45 @@ def test_block_shuffling_reads_few_shards_at_a_time(data):
     assert shards[0] != shards[1]
 
 
-def test_a_sample_says_everything_that_replaying_it_needs(data):
-    config = CONFIG.model_copy(update={"brightness": 0.3, "hue": 0.1, "frame_jitter": 1})
-    with loader(data, config=config) as batches:
-        sample = batches.sample(3, 2)
-        again = batches.sample(3, 2)
-    assert dataclasses.asdict(sample).keys() == dataclasses.asdict(again).keys()
-    assert sample.colour == again.colour and sample.crop == again.crop and np.array_equal(sample.frames, again.frames)
+def test_a_replaced_pair_is_of_one_video_on_both_sides(shard_sets, flow_sets, tmp_path):
+    """Pixels of both sides against those of each video alone, with damage in some GOPs of either."""
+    sides = {}
+    for name, dataset in (("rgb", shard_sets("mjpeg")), ("flow", flow_sets("mjpeg"))):
+        shutil.copytree(dataset.path, tmp_path / name)
+        sides[name] = Dataset.open(tmp_path / name)
+    keys = sides["rgb"].table["key"].take(sides["rgb"].rows("train")).to_pylist()
+    for name, key, gop in (("rgb", keys[2], 9), ("flow", keys[6], 20)):
+        dataset = sides[name]
+        video = dataset.video(dataset.table["key"].to_pylist().index(key))
+        with open(tmp_path / name / "shards" / video.shard, "r+b") as file:
+            file.seek(video.offset + int(video.gop_offsets[gop]) + 100)
+            file.write(b"damaged")
+    config = CONFIG.model_copy(update={"prefetch": 3, "on_error": "replace", "dtype": "uint8"})
+    with loader(sides["rgb"], flow=sides["flow"], config=config, batch_size=2) as batches:
+        got = [(epoch, batch) for epoch in range(4) for batch in batches]
+        assert batches.stats()["replaced"] > 2
+    with loader(shard_sets("mjpeg"), flow=flow_sets("mjpeg"), config=config, batch_size=10) as batches:
+        sound = [batch for _ in range(4) for batch in batches]
+    rows = {epoch: {int(row): number for number, row in enumerate(batch.ids)} for epoch, batch in enumerate(sound)}
+    for epoch, batch in got:
+        for number, row in enumerate(batch.ids.tolist()):
+            place = rows[epoch][row]
+            assert torch.equal(batch.clips[number], sound[epoch].clips[place])
+            assert torch.equal(batch.flow[number], sound[epoch].flow[place])
+            assert batch.labels[number] == sound[epoch].labels[place]
+    refusing = config.model_copy(update={"on_error": "fail"})
+    with loader(sides["rgb"], flow=sides["flow"], config=refusing, rows=sides["rgb"].rows("train")[6:7]) as batches:
+        with pytest.raises(Corrupt, match=f"{keys[6]} in {tmp_path / 'flow'}/shards/"):
+            for _ in range(20):
+                list(batches)
+
+
+def test_black_flow_is_no_motion_and_padding_asks_for_one_size_of_memory(flow_sets):
+    config = CONFIG.model_copy(update={"clip_length": 24, "padding": "black", "dtype": "uint8"})
+    with loader(flow_sets("mjpeg"), config=config) as batches:
+        clips = torch.cat([batch.clips for batch in batches])
+        assert list(batches.streams[0].buffers._free) == [(24, 32, 32, 2)]
+    assert (clips[:, :, 20:] == 128).all() and (clips[:, :, :20] != 128).any()
 
 
 @pytest.fixture(scope="module")
