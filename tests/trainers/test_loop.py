@@ -352,7 +352,7 @@ def test_a_data_set_that_changed_is_refused(tiny, data, tmp_path):
     options = ["epochs=3", f"data.dataset={tmp_path / 'data'}"]
     run = tmp_path / "run"
     process = subprocess.Popen(command(tiny, data, run, "teacher", *options), stdout=subprocess.DEVNULL)
-    while len(metrics_lines(run)) < 3:
+    while len(metrics_lines(run)) < 3 and process.poll() is None:
         time.sleep(0.01)
     process.kill()
     process.wait()
