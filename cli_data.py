@@ -86,8 +86,8 @@ def verify(dataset: str | Path, workers: int, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print what was drawn as JSON.")
 @click.argument("overrides", nargs=-1)
 @examples(
-    "genkd show data/ucf101 --key v_Archery_g01_c01 --epoch 1 --epoch 7\n"
-    "genkd show data/ucf101 --key v_Archery_g01_c01 --seed 3 data.size=112 data.brightness=0.4 data.hue=0.1"
+    "genkd show data/ucf101 --key Archery/v_Archery_g01_c01 --epoch 1 --epoch 7\n"
+    "genkd show data/ucf101 --key Archery/v_Archery_g01_c01 --seed 3 data.size=112 data.brightness=0.4 data.hue=0.1"
 )
 def show(dataset: str | Path, key: str, source: str, phase: str, seed: int, epochs: tuple[int, ...], out: Path,
          as_json: bool, overrides: tuple[str, ...]) -> None:  # fmt: skip
