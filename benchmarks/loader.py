@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ from .loader_data import (
     write_jpegs,
 )  # fmt: skip
 from .loader_footprint import INDEX, MEMORY, measure_index, measure_memory
+from .peers import Entry
 from .process import Usage, run_measured
 
 GENKD, GENKD_PYAV = "genkd (auto)", "genkd (pyav)"
@@ -62,14 +63,6 @@ _DALI_ON_CPU = ("vp8", "vp9", "mjpeg")
 MEASURED = 12  # batches, or two a worker where there are more workers
 DEFAULT = ("16x224", "64x224", LONG, INDEX)
 CHOICES = (*DEFAULT, MEMORY)
-
-
-class Entry(NamedTuple):
-    """A contender of loader_contenders.py, its job, and the interpreter that has its packages."""
-
-    contender: str
-    job: Job
-    python: str = sys.executable
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,20 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from ..errors import UserError
 
 # Another interpreter to look for the peers' packages in, where they cannot share genkd's environment.
 PEERS_PYTHON = "GENKD_BENCH_PYTHON"
+
+
+class Entry(NamedTuple):
+    """A contender of a script of contenders, its job for that script, and the interpreter that has its packages."""
+
+    contender: str
+    job: Any
+    python: str = sys.executable
 
 
 def find_peer(script: str, contender: str, environment: Mapping[str, str]) -> tuple[str, dict[str, str]] | str:

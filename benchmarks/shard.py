@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import av
 import numpy as np
@@ -29,6 +29,7 @@ from ..preprocessing.sources import SourceList
 from ..preprocessing.video import VideoSettings
 from . import peers, shard_contenders
 from .common import compare, synthetic_videos
+from .peers import Entry
 from .process import Usage, run_measured
 from .shard_contenders import Job
 
@@ -38,14 +39,6 @@ COPY, AGAIN = "genkd, copy of fitting sources", "genkd, transcode of fitting sou
 _PEERS = {
     "OpenCV to JPEG": "jpeg", "webdataset + PyAV": "webdataset", "litData optimize": "litdata", "MosaicML MDS": "mds",
 }  # fmt: skip
-
-
-class Entry(NamedTuple):
-    """A contender of shard_contenders.py, its job, and the interpreter that has its packages."""
-
-    contender: str
-    job: Job
-    python: str = sys.executable
 
 
 @dataclass(frozen=True)

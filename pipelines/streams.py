@@ -83,7 +83,8 @@ class Stream:
         crop = self._crop(sample)
         if encoded:
             return Media(part.data, frames, crop)
-        window = (round(crop[0]), round(crop[1]), max(round(crop[2]), 1), max(round(crop[3]), 1))
+        top, left = round(crop[0]), round(crop[1])
+        window = (top, left, max(round(crop[2]), top + 1), max(round(crop[3]), left + 1))
         clip = self.buffers.take((length, self.config.size, self.config.size, 2 if self.is_flow else 3))
         try:
             decode_clip(part.data, frames, window, clip, flip=sample.flip)
