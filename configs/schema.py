@@ -50,7 +50,7 @@ class DataConfig(_Frozen):
     mean: _Floats = Field((0.485, 0.456, 0.406), description="of RGB in 0..1; ImageNet's by default")
     std: _Floats = Field((0.229, 0.224, 0.225), description="of RGB in 0..1; ImageNet's by default")
     flow_mean: _Floats = Field((0.5, 0.5), description="of flow's x and y in 0..1; 0.5 is no motion")
-    flow_std: _Floats = Field((0.5, 0.5), description="of flow's x and y in 0..1")
+    flow_std: _Floats = Field((0.226, 0.226), description="of flow's x and y in 0..1")
     dtype: Literal["float32", "float16", "uint8"] = Field(
         "float32", description="of clips; uint8 are pixels, neither normalized nor padded by zero"
     )
@@ -103,6 +103,11 @@ class ModelConfig(_Frozen):
     """I3D recognizer. The number of classes comes from the data set, feature sizes from the clip."""
 
     temporal: Literal["full", "top_heavy"] = Field("full", description="top_heavy: 1xkxk kernels up to Mixed_4c")
+    stem: Literal["auto", "strided", "mean", "paired"] = Field(
+        "auto",
+        description="top_heavy: what the first convolution sees of each two frames: the first (as published), their "
+        "mean, both; auto: mean, under compat=reference strided",
+    )
     width: Annotated[float, Field(gt=0, le=4)] = Field(1.0, description="factor on all channels, steps of 1/32")
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
     bn_momentum: Annotated[float, Field(gt=0, le=1)] = Field(0.01, description="PyTorch's meaning; 0.01 as published")
@@ -114,6 +119,10 @@ class ModelConfig(_Frozen):
                 f"width {self.width} is no multiple of 1/32, so group norm's 32 groups would not divide it"
             )
         return self
+
+    def stem_of(self, compat: str) -> str:
+        """The stem that is meant under a `compat`."""
+        return self.stem if self.stem != "auto" else "strided" if compat == "reference" else "mean"
 
 
 class LossConfig(_Frozen):

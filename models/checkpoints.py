@@ -52,6 +52,12 @@ class ModelCard:
     attention: bool
     compat: str
     data: dict[str, Any]
+    modality: str = "rgb"
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of a clip: 3 for RGB, 2 for optical flow."""
+        return 2 if self.modality == "flow" else 3
 
     @property
     def feature_shape(self) -> tuple[int, int, int, int]:
@@ -60,8 +66,9 @@ class ModelCard:
     def build(self) -> Recognizer:
         """The recognizer with fresh weights."""
         return Recognizer(
-            self.model, len(self.classes), self.feature_shape, attention=self.attention, compat=self.compat
-        )
+            self.model, len(self.classes), self.feature_shape, attention=self.attention, compat=self.compat,
+            in_channels=self.in_channels,
+        )  # fmt: skip
 
     def to_json(self) -> str:
         """One line; read by from_json."""
@@ -172,7 +179,7 @@ def from_reference(state: dict[str, Tensor]) -> tuple[nn.Module, ImportReport]:
         temporal: Literal["full", "top_heavy"] = "full" if stem.shape[2] == 7 else "top_heavy"
         head, time = state["deconv1.0.weight"], state["Att_Head_5c.3.weight"].shape[0]
         module = Recognizer(
-            ModelConfig(temporal=temporal),
+            ModelConfig(temporal=temporal, stem="strided"),
             state["backbone._model.logits.conv3d.weight"].shape[0],
             (head.shape[1], time, head.shape[3], head.shape[4]),
             compat="reference",

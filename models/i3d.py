@@ -23,8 +23,9 @@ MIXED = {
     "Mixed_5c": (384, 192, 384, 48, 128, 128),
 }
 # Top-heavy: no temporal extent up to and including Mixed_4c, 3D from Mixed_4d on.
-FLAT_IN_TOP_HEAVY = ("Conv3d_1a_7x7", "Conv3d_2c_3x3", "Mixed_3b", "Mixed_3c", "Mixed_4b", "Mixed_4c")
+FLAT_IN_TOP_HEAVY = ("Mixed_3b", "Mixed_3c", "Mixed_4b", "Mixed_4c")
 STRIDE_TIME, STRIDE_SPACE = 8, 32
+Extent = tuple[int, int, int]  # time, height, width
 
 
 def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
@@ -33,7 +34,7 @@ def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
     return total // 2, total - total // 2
 
 
-def _pad(x: Tensor, kernel: tuple[int, int, int], stride: tuple[int, int, int]) -> Tensor:
+def _pad(x: Tensor, kernel: Extent, stride: Extent) -> Tensor:
     before_after = [same_padding(x.shape[2 + axis], kernel[axis], stride[axis]) for axis in (2, 1, 0)]
     flat = [value for pair in before_after for value in pair]
     return F.pad(x, flat) if any(flat) else x
@@ -42,10 +43,9 @@ def _pad(x: Tensor, kernel: tuple[int, int, int], stride: tuple[int, int, int]) 
 class Unit3D(nn.Module):
     """Convolution with SAME padding, batch norm (eps 1e-3) and ReLU."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, *, flat: bool = False, momentum: float):
+    def __init__(self, inputs: int, outputs: int, kernel: Extent, stride: Extent = (1, 1, 1), *, momentum: float):
         super().__init__()
-        self.kernel = (1 if flat else kernel, kernel, kernel)
-        self.stride = (stride,) * 3
+        self.kernel, self.stride = kernel, stride
         self.conv3d = nn.Conv3d(inputs, outputs, self.kernel, self.stride, bias=False)
         self.bn = nn.BatchNorm3d(outputs, eps=1e-3, momentum=momentum)
 
@@ -56,7 +56,7 @@ class Unit3D(nn.Module):
 class MaxPool3dSame(nn.Module):
     """Max pooling with SAME padding by zeros; its inputs are outputs of a ReLU, so a zero never wins wrongly."""
 
-    def __init__(self, kernel: tuple[int, int, int], stride: tuple[int, int, int]):
+    def __init__(self, kernel: Extent, stride: Extent):
         super().__init__()
         self.kernel, self.stride = kernel, stride
 
@@ -70,23 +70,32 @@ class Inception(nn.Module):
     def __init__(self, inputs: int, channels: tuple[int, ...], *, flat: bool, momentum: float):
         super().__init__()
         c0, c1a, c1b, c2a, c2b, c3b = channels
-        self.b0 = Unit3D(inputs, c0, 1, momentum=momentum)
-        self.b1a = Unit3D(inputs, c1a, 1, momentum=momentum)
-        self.b1b = Unit3D(c1a, c1b, 3, flat=flat, momentum=momentum)
-        self.b2a = Unit3D(inputs, c2a, 1, momentum=momentum)
-        self.b2b = Unit3D(c2a, c2b, 3, flat=flat, momentum=momentum)
-        self.b3a = MaxPool3dSame((1 if flat else 3, 3, 3), (1, 1, 1))
-        self.b3b = Unit3D(inputs, c3b, 1, momentum=momentum)
+        point, cube = (1, 1, 1), (1 if flat else 3, 3, 3)
+        self.b0 = Unit3D(inputs, c0, point, momentum=momentum)
+        self.b1a = Unit3D(inputs, c1a, point, momentum=momentum)
+        self.b1b = Unit3D(c1a, c1b, cube, momentum=momentum)
+        self.b2a = Unit3D(inputs, c2a, point, momentum=momentum)
+        self.b2b = Unit3D(c2a, c2b, cube, momentum=momentum)
+        self.b3a = MaxPool3dSame(cube, (1, 1, 1))
+        self.b3b = Unit3D(inputs, c3b, point, momentum=momentum)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([self.b0(x), self.b1b(self.b1a(x)), self.b2b(self.b2a(x)), self.b3b(self.b3a(x))], 1)
 
 
+class FrameMean(nn.Module):
+    """Clips (N,C,T,H,W) -> the means of frames 0 and 1, 2 and 3, ...: (N,C,T/2,H,W), rounded up."""
+
+    def forward(self, clips: Tensor) -> Tensor:
+        return F.avg_pool3d(clips, (2, 1, 1), ceil_mode=True)
+
+
 class I3D(nn.Module):
     """The trunk up to Mixed_5c. Endpoints carry their published names.
 
-    temporal: "full", or "top_heavy" for 1xkxk kernels (the pooling branch's
-    too) up to Mixed_4c. width: factor on every channel count.
+    temporal: "full", or "top_heavy" for 1xkxk kernels (the pooling branch's too) up to Mixed_4c. stem: what the first
+    convolution of a top-heavy net sees of the two frames that it halves time by: "strided", the first one alone, as
+    published; "mean", their mean; "paired", both, with weights for each. width: factor on every channel count.
     forward: clips (N,C,T,H,W) -> {endpoint: features}; Mixed_4f is (N, 832*width, T/8*2, H/16, W/16) and Mixed_5c
     (N, 1024*width, T/8, H/32, W/32), sizes rounded up.
     """
@@ -96,6 +105,7 @@ class I3D(nn.Module):
         in_channels: int = 3,
         *,
         temporal: str = "full",
+        stem: str = "strided",
         width: float = 1.0,
         bn_momentum: float = 0.01,
         endpoints: tuple[str, ...] = ("Mixed_5c",),
@@ -107,15 +117,15 @@ class I3D(nn.Module):
         def scaled(channels: int) -> int:
             return max(1, round(channels * width))
 
-        def unit(name: str, inputs: int, outputs: int, kernel: int, stride: int = 1) -> Unit3D:
-            flat = top_heavy and name in FLAT_IN_TOP_HEAVY
-            return Unit3D(inputs, outputs, kernel, stride, flat=flat, momentum=bn_momentum)
-
-        stem, middle = scaled(64), scaled(192)
-        self.Conv3d_1a_7x7 = unit("Conv3d_1a_7x7", in_channels, stem, 7, 2)
+        first, middle = scaled(64), scaled(192)
+        kernel, stride = ((7, 7, 7), (2, 2, 2)) if not top_heavy else ((2 if stem == "paired" else 1, 7, 7), (2, 2, 2))
+        if top_heavy and stem == "mean":
+            self.frames = FrameMean()
+            stride = (1, 2, 2)
+        self.Conv3d_1a_7x7 = Unit3D(in_channels, first, kernel, stride, momentum=bn_momentum)
         self.MaxPool3d_2a_3x3 = MaxPool3dSame((1, 3, 3), (1, 2, 2))
-        self.Conv3d_2b_1x1 = unit("Conv3d_2b_1x1", stem, stem, 1)
-        self.Conv3d_2c_3x3 = unit("Conv3d_2c_3x3", stem, middle, 3)
+        self.Conv3d_2b_1x1 = Unit3D(first, first, (1, 1, 1), momentum=bn_momentum)
+        self.Conv3d_2c_3x3 = Unit3D(first, middle, (1 if top_heavy else 3, 3, 3), momentum=bn_momentum)
         self.MaxPool3d_3a_3x3 = MaxPool3dSame((1, 3, 3), (1, 2, 2))
         channels = middle
         for name, published in MIXED.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -11,9 +12,10 @@ from torch.nn import functional as F
 from ..configs.schema import ModelConfig
 from .attention import AttentionHead
 from .cvae import ConditionalVAE
-from .i3d import I3D, feature_shape
+from .i3d import I3D, STRIDE_SPACE, STRIDE_TIME, feature_shape
 
 ENDPOINT = "Mixed_5c"
+STRIDES = (STRIDE_TIME, STRIDE_SPACE, STRIDE_SPACE)
 
 
 class RecognizerOutput(NamedTuple):
@@ -26,11 +28,12 @@ class RecognizerOutput(NamedTuple):
 
 
 class Recognizer(nn.Module):
-    """Clips (N,3,T,H,W) -> RecognizerOutput. With an attention head the classifier sees the foreground F*a*r.
+    """Clips (N,in_channels,T,H,W) -> RecognizerOutput. With an attention head the classifier sees the foreground F*a*r.
 
-    feature_shape: (C,T,H,W) of Mixed_5c, from models.i3d.feature_shape. compat "reference" sums r over the batch and
-    makes scores as the sum of each time step's softmax; otherwise r is per sample and scores are the softmax of the
-    time-averaged logits.
+    shape: (C,T,H,W) of Mixed_5c, from models.i3d.feature_shape. compat "reference" sums r over the batch, makes scores
+    as the sum of each time step's softmax, and does not weight the features of flow in eval mode; otherwise r is per
+    sample and scores are the softmax of the time-averaged logits.
+    forward raises ValueError for clips of another shape than the network was built for.
     """
 
     def __init__(
@@ -45,10 +48,11 @@ class Recognizer(nn.Module):
     ):
         super().__init__()
         channels, time, height, width = shape
-        self.compat = compat
+        self.compat, self.in_channels, self.shape = compat, in_channels, shape
         self.backbone = I3D(
             in_channels,
             temporal=config.temporal,
+            stem=config.stem_of(compat),
             width=config.width,
             bn_momentum=config.bn_momentum,
             endpoints=(ENDPOINT,),
@@ -60,13 +64,26 @@ class Recognizer(nn.Module):
         _initialize(self)
 
     def forward(self, clips: Tensor) -> RecognizerOutput:
+        self._check(clips)
         features = self.backbone(clips)
         last = features[ENDPOINT]
         attention = None if self.attention is None else self.attention(last)
-        weighted = last if attention is None else foreground(last, attention, per_batch=self.compat == "reference")
+        weighted = last
+        if attention is not None and (self.training or not (self.compat == "reference" and self.in_channels == 2)):
+            weighted = foreground(last, attention, per_batch=self.compat == "reference")
         pooled = F.avg_pool3d(weighted, self.pool, stride=1)
         logits = self.logits(self.dropout(pooled)).flatten(2)
         return RecognizerOutput(features, attention, logits, self.scores(logits))
+
+    def _check(self, clips: Tensor) -> None:
+        _, time, height, width = self.shape
+        steps = [math.ceil(size / stride) for size, stride in zip(clips.shape[2:], STRIDES, strict=True)]
+        if clips.shape[1] != self.in_channels or steps != [time, height, width]:
+            raise ValueError(
+                f"clips {tuple(clips.shape)} do not fit this network: it takes (N,{self.in_channels},T,H,W) that give "
+                f"{time} x {height} x {width} features, so up to {time * STRIDES[0]} x {height * STRIDES[1]} x "
+                f"{width * STRIDES[2]}; these give {' x '.join(map(str, steps))}"
+            )
 
     def scores(self, logits: Tensor) -> Tensor:
         """Class scores (N,K) of logits (N,K,T')."""

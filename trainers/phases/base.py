@@ -29,7 +29,10 @@ class Stage(NamedTuple):
 
 def same_preprocessing(place: str, stored: checkpoints.ModelCard, own: checkpoints.ModelCard) -> None:
     """Refuses weights that were trained on otherwise normalized clips; another stride is only mentioned."""
-    for key in ("mean", "std"):
+    if stored.modality != own.modality:
+        raise UserError(f"{place} is for {stored.modality} clips, this data set holds {own.modality}")
+    prefix = "flow_" if own.modality == "flow" else ""
+    for key in (f"{prefix}mean", f"{prefix}std"):
         if stored.data.get(key, own.data[key]) != own.data[key]:
             raise UserError(
                 f"{place} was trained with data.{key}={stored.data[key]}, this run has {own.data[key]}; use the same"
@@ -49,12 +52,13 @@ class Phase:
     uses_attention = True
     uses_cvae = False
 
-    def __init__(self, config: TrainConfig, classes: tuple[str, ...]):
+    def __init__(self, config: TrainConfig, classes: tuple[str, ...], modality: str = "rgb"):
         self.config = config
         data = config.data
         self.card = checkpoints.ModelCard(
             model=config.model, classes=classes, clip_length=data.clip_length, size=data.size,
             attention=self.uses_attention, compat=config.compat, data=data.model_dump(mode="json"),
+            modality=modality,
         )  # fmt: skip
         # The weights depend on the seed alone, so that runs of one seed start from the same network.
         with torch.random.fork_rng(devices=[]):
