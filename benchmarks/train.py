@@ -59,7 +59,7 @@ class _Steps:
         clips = clips.to(memory_format=torch.channels_last_3d)
         labels = torch.randint(len(CLASSES), (n,), device=place.device)
         self.batch = Batch(clips, labels, torch.arange(n), n, n)
-        self.stepper.take(self.batch, 1, 0, self.meter)
+        self.stepper.take(self.batch, 0, 0, self.meter)
 
     def __call__(self) -> tuple[float, dict]:
         on_gpu = self.device.type == "cuda"
@@ -68,7 +68,7 @@ class _Steps:
             torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
         for step in range(self.steps):
-            self.stepper.take(self.batch, 1, step, self.meter)
+            self.stepper.take(self.batch, 0, step, self.meter)
         self.meter.take()  # waits for the device
         rate = self.steps * self.batch.count / (time.perf_counter() - started)
         return rate, {"peak_GB": round(torch.cuda.max_memory_allocated() / 1e9, 2)} if on_gpu else {}

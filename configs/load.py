@@ -40,31 +40,27 @@ def presets() -> dict[str, Path]:
 def load(source: str, phase: str, overrides: Iterable[str] = ()) -> TrainConfig:
     """The configuration of one phase.
 
-    source: path of a YAML file, or a preset's name. Its top-level keys are TrainConfig's, and `phases: {PHASE: ...}`
-    holds what differs in one phase. overrides: "dotted.key=value" texts, values read as YAML; they win.
+    source: path of a YAML file, or a preset's name. Its top-level keys are TrainConfig's, `phases: {PHASE: ...}` holds
+    what differs in one phase, and `base` names a preset, or a file beside it, that it stands on. overrides:
+    "dotted.key=value" texts, values read as YAML; they win.
     Raises UserError naming key, file and the nearest known key; nothing is started or written before.
     """
     if phase not in PHASES:
         raise UserError(f"unknown phase {phase!r}; there are {', '.join(PHASES)}")
-    path = _find(source)
-    values = _read(path)
-    sections = values.pop("phases", None) or {}
-    if not isinstance(sections, dict):
-        raise UserError(f"{path}: `phases` must map a phase's name to its keys")
-    for name in sections:
-        if name not in PHASES:
-            raise UserError(f"{path}: unknown phase {name!r} under `phases`{_nearest(name, PHASES)}")
-        if not isinstance(sections[name] or {}, dict):
-            raise UserError(f"{path}: phases.{name} must map keys to values, not be {sections[name]!r}")
     origin: dict[str, str] = {}
     merged: dict[str, Any] = {}
-    _merge(merged, values, str(path), origin)
-    _merge(merged, sections.get(phase) or {}, f"{path}, phases.{phase}", origin)
+    path = _find(source)
+    for file, values, section in _chain(path, phase):
+        _merge(merged, values, str(file), origin)
+        _merge(merged, section, f"{file}, phases.{phase}", origin)
     for text in overrides:
         key, separator, value = text.partition("=")
         if not separator or not key:
             raise UserError(f"override {text!r} is not of the form key=value, e.g. optimizer.lr=0.05")
         _merge(merged, _nested(key, _parse(value, f"override {text!r}")), f"override {text!r}", origin)
+    if "method" in merged:  # method=none is short for distill.method=none
+        where = origin.pop("method")
+        _merge(merged, _nested("distill.method", merged.pop("method")), where, origin)
     stated = merged.setdefault("phase", phase)
     if stated != phase:
         raise UserError(f"{origin['phase']}: phase is {stated!r}, but {phase!r} was asked for")
@@ -99,11 +95,34 @@ def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
     return [f"{key}: {a.get(key)} -> {b.get(key)}" for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
 
 
-def _find(source: str) -> Path:
+def _chain(path: Path, phase: str) -> list[tuple[Path, dict[str, Any], dict[str, Any]]]:
+    """(file, its values, its section of a phase) of a file and of the bases it stands on, the lowest base first."""
+    chain: list[tuple[Path, dict[str, Any], dict[str, Any]]] = []
+    while True:
+        if path in (file for file, _, _ in chain):
+            raise UserError(f"{path}: its `base` leads back to itself")
+        values = _read(path)
+        sections, base = values.pop("phases", None) or {}, values.pop("base", None)
+        if not isinstance(sections, dict):
+            raise UserError(f"{path}: `phases` must map a phase's name to its keys")
+        for name in sections:
+            if name not in PHASES:
+                raise UserError(f"{path}: unknown phase {name!r} under `phases`{_nearest(name, PHASES)}")
+            if not isinstance(sections[name] or {}, dict):
+                raise UserError(f"{path}: phases.{name} must map keys to values, not be {sections[name]!r}")
+        chain.insert(0, (path, values, sections.get(phase) or {}))
+        if base is None:
+            return chain
+        if not isinstance(base, str):
+            raise UserError(f"{path}: `base` is a preset's name or a YAML file, not {base!r}")
+        path = _find(base, path.parent)
+
+
+def _find(source: str, folder: Path | None = None) -> Path:
     known = presets()
     if source in known:
         return known[source]
-    path = Path(source)
+    path = Path(source) if folder is None else folder / source
     if not path.is_file():
         raise UserError(
             f"no configuration file {source!r}, and no preset of that name{_nearest(source, known)}; "

@@ -54,6 +54,9 @@ class DataConfig(_Frozen):
     dtype: Literal["float32", "float16", "uint8"] = Field(
         "float32", description="of clips; uint8 are pixels, neither normalized nor padded by zero"
     )
+    fixed_views: Annotated[int, Field(ge=0)] = Field(
+        0, description="K: every video has only K training clips (window, crop, flip), which take turns; 0: no limit"
+    )
     eval_clips: _Positive = Field(1, description="uniform clips a video in the evaluations during training")
     window_stride: _Positive = Field(30, description="frames from one training window to the next, for detection")
     eval_window_stride: _Positive = Field(128, description="frames from one test window to the next, for detection")
@@ -134,6 +137,10 @@ class LossConfig(_Frozen):
     reconstruction: _NonNegative = Field(0.5, description="stage B, reached after `reconstruction_ramp` epochs")
     reconstruction_ramp: _Positive = 20
     attention: _NonNegative = Field(0.1, description="student against teacher attention, stage B")
+    logits: _NonNegative = Field(1.0, description="method=logits: student against teacher classes")
+    temperature: Annotated[float, Field(gt=0)] = Field(4.0, description="method=logits: divides the logits")
+    features: _NonNegative = Field(1.0, description="method=features: student against teacher features")
+    attention_transfer: _NonNegative = Field(5.0, description="method=attention-transfer: maps of the features' energy")
 
 
 class OptimizerConfig(_Frozen):
@@ -143,17 +150,39 @@ class OptimizerConfig(_Frozen):
     backend: Literal["torch", "apex"] = Field("torch", description="apex: NVIDIA's FusedSGD and FusedAdam")
     lr: Annotated[float, Field(gt=0)] = 0.01
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="sgd only")
+    betas: _Floats = Field((0.9, 0.999), description="adamw only")
     weight_decay: _NonNegative = 1e-4
     schedule: Literal["constant", "cosine"] = "cosine"
     warmup_epochs: _NonNegative = 0.0
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimizerConfig:
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas are two values in [0, 1), not {list(self.betas)}")
+        return self
+
+
+class DistillConfig(_Frozen):
+    """How the distill phase learns from its teacher."""
+
+    method: Literal[
+        "generative", "none", "generative-only", "attention-only", "logits", "features", "attention-transfer"
+    ] = Field("generative", description="none: the student alone; the others are in trainers/methods")
+    teacher_cache: str = Field(
+        "", description="folder for the teacher's outputs of each view, with data.fixed_views; empty: none"
+    )
 
 
 class TrainConfig(_Frozen):
     """Everything that decides a training run."""
 
     phase: Literal["teacher", "representation", "distill"]
-    method: Literal["generative", "none"] = Field("generative", description="distill only; none: the plain student")
-    compat: Literal["none", "reference"] = Field("none", description="reference: the original code's sums and scores")
+    compat: Literal["none", "reference"] = Field("none", description="reference: what the original code does otherwise")
+    alternate: Literal["auto", "step", "epoch"] = Field(
+        "auto",
+        description="step: stages A and B on every batch; epoch: all of A, then all of B, which reads and decodes the "
+        "data twice; auto: step, under compat=reference epoch",
+    )
     teacher: str = Field("", description="distill: the representation run, or a folder with its weights")
     init: str = Field("", description="run or weights to start from; representation starts from the teacher run")
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -167,10 +196,20 @@ class TrainConfig(_Frozen):
     log_every: _Positive = Field(10, description="steps")
     checkpoint_every: _Positive = Field(500, description="steps; one is written at every epoch's end too")
     keep_checkpoints: _Positive = 2
+    ema: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="decay of the weights' moving average, which is evaluated and saved; 0: none"
+    )
     eval_every: Annotated[int, Field(ge=0)] = Field(1, description="epochs; 0: never")
+    patience: Annotated[int, Field(ge=0)] = Field(
+        0, description="evaluations in a row without a better top-1 after which the run ends; 0: never"
+    )
+    keep: Literal["last", "best"] = Field(
+        "last", description="which weights a finished run has in weights/; the best are in best/ in either case"
+    )
     tensorboard: bool = True
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
+    distill: DistillConfig = DistillConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     cvae_optimizer: OptimizerConfig = OptimizerConfig(name="adamw", lr=1e-4)
@@ -179,4 +218,17 @@ class TrainConfig(_Frozen):
     def _check(self) -> TrainConfig:
         if self.data.dtype == "uint8":
             raise ValueError("data.dtype=uint8 gives pixels as they are; training takes float32 or float16")
+        if (self.patience or self.keep == "best") and not self.eval_every:
+            raise ValueError("patience and keep=best need evaluations: set eval_every to 1 or more")
+        if self.distill.teacher_cache and not self.data.fixed_views:
+            raise ValueError("distill.teacher_cache needs clips that come again: set data.fixed_views to 1 or more")
         return self
+
+    @property
+    def passes(self) -> int:
+        """Passes over the data in an epoch: 2 where the stages of a phase with a VAE take turns by epoch."""
+        by_epoch = self.alternate == "epoch" or (self.alternate == "auto" and self.compat == "reference")
+        has_vae = self.phase == "representation" or (
+            self.phase == "distill" and self.distill.method in ("generative", "generative-only", "attention-only")
+        )
+        return 2 if by_epoch and has_vae else 1

@@ -103,7 +103,7 @@ def _read(name: str, path: Path) -> _Run:
 
 def _row(run: _Run) -> dict[str, Any]:
     what = {"teacher": "classification", "representation": "feature representation", "distill": "distillation"}
-    plain = run.config.phase == "distill" and run.config.method == "none"
+    plain = run.config.phase == "distill" and run.config.distill.method == "none"
     result, last = run.evaluation or {}, (run.of_kind("eval") or [{}])[-1]
     return {
         "name": run.name,
@@ -121,7 +121,7 @@ def _row(run: _Run) -> dict[str, Any]:
 
 def _comparison(runs: list[_Run]) -> dict[str, Any] | None:
     """The distilled student against the plain one on the same videos, with the paired standard error."""
-    students = {run.config.method: run for run in runs if run.config.phase == "distill" and run.evaluation}
+    students = {run.config.distill.method: run for run in runs if run.config.phase == "distill" and run.evaluation}
     if set(students) != {"none", "generative"}:
         return None
     tables = {name: pq.read_table(run.path / "evaluation" / "scores.parquet") for name, run in students.items()}

@@ -73,7 +73,10 @@ class Plan(Protocol):
 
 
 class TrainingClips:
-    """A random clip of every video, each once an epoch. shards: of every row, where epochs shuffle by shard."""
+    """A random clip of every video, each once an epoch. shards: of every row, where epochs shuffle by shard.
+
+    With config.fixed_views = K the clips of epoch e + K are those of epoch e, in another order.
+    """
 
     def __init__(self, config: DataConfig, seed: int, rows: np.ndarray, shapes: Shapes, shards: np.ndarray | None):
         self.rows, self.count = rows, len(rows)
@@ -82,7 +85,8 @@ class TrainingClips:
 
     def sample(self, epoch: int, position: int, skip: int = 0) -> Sample:
         row = int(self.rows[self._order(epoch)[(position + skip) % self.count]])
-        return train_sample(self._config, self._seed, epoch, row, *self._shapes.of(row))
+        draw = epoch % self._config.fixed_views if self._config.fixed_views else epoch
+        return train_sample(self._config, self._seed, draw, row, *self._shapes.of(row))
 
 
 class EvaluationClips:
@@ -218,9 +222,12 @@ def eval_samples(
     ]
 
 
-def noise(seed: int, epoch: int, rows: Iterable[int], shape: tuple[int, ...]) -> np.ndarray:
-    """Standard normal noise for the samples of a batch: float32 (N, *shape), each sample's own in each epoch."""
-    drawn = [_random(seed, epoch, _NOISE, row).standard_normal(shape, np.float32) for row in rows]
+def noise(seed: int, epoch: int, rows: Iterable[int], shape: tuple[int, ...], draw: int = 0) -> np.ndarray:
+    """Standard normal noise for the samples of a batch: float32 (N, *shape), each sample's own in each epoch.
+
+    draw: which of several that do not depend on each other.
+    """
+    drawn = [_random(seed, epoch, _NOISE + 4 * draw, row).standard_normal(shape, np.float32) for row in rows]
     return np.stack(drawn)
 
 

@@ -37,6 +37,12 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     return path
 
 
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint's file, if there is any."""
+    found = _checkpoints(folder)
+    return found[-1][1] if found else None
+
+
 def load_newest(folder: Path) -> dict[str, Any] | None:
     """The state of the newest readable checkpoint, on the CPU; None if there is no checkpoint at all.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -25,7 +24,8 @@ from ..pipelines.streams import is_flow
 from ..preprocessing.shards import Dataset
 from . import checkpoint, phases
 from .distributed import Ranks, ranks
-from .metrics import Clock, Meter, MetricsLog, console_line
+from .metrics import Clock, Diverged, Meter, MetricsLog, console_line
+from .selection import Selection
 from .step import Stepper
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ _FREE_KEYS = (
     "checkpoint_every",
     "keep_checkpoints",
     "tensorboard",
+    "distill.teacher_cache",
     "data.decoder_threads",
     "data.pipelines_per_gpu",
     "data.prefetch",
@@ -56,16 +57,15 @@ def train(config: TrainConfig, run: Path, say: Callable[[str], None] = print) ->
     if not config.data.dataset:
         raise UserError("data.dataset is not set; name a shard data set, e.g. data.dataset=data/ucf101")
     dataset = Dataset.open(config.data.dataset, cache_dir=config.data.cache_dir)
-    if is_flow(dataset):
-        raise UserError(f"{dataset.storage} holds optical flow; `genkd train` takes RGB data sets")
-    if dataset.labels[dataset.rows(config.data.train_split)].min() < 0:
-        raise UserError(
-            f"{dataset.storage} has videos without a class in its training split; recognition needs one each"
-        )
+    splits = [config.data.train_split]
+    if config.eval_every and config.data.eval_split in dataset.info["splits"]:
+        splits.append(config.data.eval_split)
+    for split in splits:
+        _check_labels(dataset, split)
     with ranks(config.device) as place:
         torch.set_float32_matmul_precision("high")
         # Whatever is wrong with the input shows here, before the run folder is touched.
-        phase = phases.build(config, tuple(dataset.classes))
+        phase = phases.build(config, tuple(dataset.classes), "flow" if is_flow(dataset) else "rgb")
         with contextlib.closing(_Trainer(config, run, dataset, phase, place, say)) as trainer:
             with contextlib.ExitStack() as lock:
                 place.on_main(lambda: _adopt(lock, run, config))
@@ -77,6 +77,20 @@ def train(config: TrainConfig, run: Path, say: Callable[[str], None] = print) ->
                     return trainer.fit()
                 except OSError as error:
                     raise UserError(explain_os_error(error, f"writing {run}")) from None
+
+
+def _check_labels(dataset: Dataset, split: str) -> None:
+    """Every video of a split needs a class, and one that the data set has."""
+    rows = dataset.rows(split)
+    labels = dataset.labels[rows]
+    for wrong, what in ((labels < 0, "no class"), (labels >= len(dataset.classes), "a class that is not listed")):
+        if wrong.any():
+            row = rows[int(wrong.argmax())]
+            raise UserError(
+                f"{dataset.storage}: {int(wrong.sum())} of {len(rows)} videos in {split!r} have {what}, e.g. "
+                f"{dataset.table['key'][int(row)].as_py()} (label {dataset.labels[row]} of {len(dataset.classes)} "
+                "classes); recognition needs one each, so make the data set again with labels"
+            )
 
 
 class _Trainer:
@@ -94,10 +108,13 @@ class _Trainer:
                 )
             self.eval_loader = self._loader(config.data.eval_split, training=False)
         phase.place(place)
-        self.stepper = Stepper(config, phase, place, len(self.loader))
-        self.meter = Meter(place)
+        self.stepper = Stepper(config, phase, place, len(self.loader) * config.passes)
+        if config.distill.teacher_cache and phase.teacher is not None:
+            folder, digest = Path(config.distill.teacher_cache), dataset.info["index_digest"]
+            phase.teacher.remember(folder, digest, self.loader.rows, self.stepper.dtype)
+        self.meter, self.selection = Meter(place), Selection(config.patience)
         self.step, self.unevaluated = 0, 0
-        self.total_steps = config.epochs * len(self.loader)
+        self.total_steps = config.epochs * config.passes * len(self.loader)
         self._clips, self._waited = 0, 0.0
         self._stats: dict[str, float] = {}
 
@@ -109,11 +126,12 @@ class _Trainer:
             self.clock = Clock(self.step, self.total_steps)
             if self.unevaluated:
                 self.evaluate(metrics, self.unevaluated)
-            while loader.epoch < config.epochs:
-                epoch = loader.epoch + 1
+            while loader.epoch < config.epochs * config.passes and not self.selection.exhausted:
+                draw = loader.epoch
+                epoch = draw // config.passes + 1
                 self.phase.train()
                 for batch in loader:
-                    self.stepper.take(batch, epoch, self.step, self.meter)
+                    self.stepper.take(batch, draw, self.step, self.meter)
                     self.step += 1
                     self._clips += batch.total
                     if self.step % config.log_every == 0 or loader.batch == 0:
@@ -124,14 +142,13 @@ class _Trainer:
                         raise Stopped(f"stopped at step {self.step} of {self.total_steps}, state saved", code)
                     if self.step % config.checkpoint_every == 0 or loader.batch == 0:
                         self.save(evaluated=epoch - 1)
-                if self._evaluates(epoch):
+                if (draw + 1) % config.passes == 0 and self._evaluates(epoch):
                     self.evaluate(metrics, epoch)
             return self.finish()
 
     def log(self, metrics: MetricsLog | None, epoch: int) -> None:
         """Losses and speed since the last log step; stops a run that has diverged."""
-        values = self.meter.take()
-        self._refuse_divergence(values)
+        values = self._finite(self.meter.take)
         values["lr"] = self.stepper.optimizers["recognizer"].param_groups[0]["lr"]
         waited = self.loader.meter.wait_s
         values |= self.clock.read(self.step, self._clips, waited - self._waited)
@@ -153,7 +170,7 @@ class _Trainer:
     def evaluate(self, metrics: MetricsLog | None, epoch: int) -> None:
         """Scores the evaluation split and keeps in a checkpoint that this was done."""
         assert self.eval_loader is not None
-        model = self.phase.recognizer
+        model = self.stepper.results["recognizer"]
         self.place.same_buffers(model)
         result = recognition.evaluate(model, self.eval_loader, self.place, self.stepper.dtype)
         if metrics:
@@ -161,19 +178,29 @@ class _Trainer:
             metrics.write("eval", self.step, values)
             split = self.config.data.eval_split
             self.say(f"epoch {epoch}/{self.config.epochs}  {split}: top-1 {100 * result.top1:.1f} %")
+        if self.selection.take(epoch, result.top1, result.loss):
+
+            def keep() -> None:
+                weights.save_weights(self.run / "best", self.phase.card, self.stepper.results)
+                write_json(self.run / "best" / "best.json", self.selection.best)
+
+            self.place.on_main(keep)
         self.save(evaluated=epoch)
 
     def save(self, evaluated: int) -> None:
         """A checkpoint of everything that decides the steps to come; evaluated: epochs evaluated so far."""
-        meters = self.place.gather({name: value.cpu() for name, value in self.meter.state_dict().items()})
-        self._refuse_divergence({name: float(value) for meter in meters for name, value in meter.items()})
+        self._finite(self.meter.refuse_divergence)
+        self._refuse_broken_weights()
+        meters = self.place.gather(self.meter.state_dict())
         state = {
             "step": self.step,
             "index_digest": self.dataset.info["index_digest"],
             "loader": self.loader.state_dict(),
             "modules": {name: module.state_dict() for name, module in self.phase.modules.items()},
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.stepper.optimizers.items()},
+            "averages": self.stepper.averages.state_dict() if self.stepper.averages else None,
             "scaler": self.stepper.scaler.state_dict(),
+            "selection": self.selection.state_dict(),
             "meters": meters,
             "evaluated": evaluated,
         }
@@ -195,23 +222,38 @@ class _Trainer:
         for name, module in self.phase.modules.items():
             module.load_state_dict(state["modules"][name])
             self.stepper.optimizers[name].load_state_dict(state["optimizers"][name])
+        if self.stepper.averages:
+            self.stepper.averages.load_state_dict(state["averages"])
         self.stepper.scaler.load_state_dict(state["scaler"])
+        self.selection.load_state_dict(state["selection"])
         self.loader.load_state_dict(state["loader"])
         if len(state["meters"]) == self.place.world_size:
             self.meter.load_state_dict(state["meters"][self.place.rank])
         self.step = state["step"]
         # A run that was stopped after an epoch's last step has not evaluated that epoch.
-        if self.loader.batch == 0 and state["evaluated"] < self.loader.epoch and self._evaluates(self.loader.epoch):
-            self.unevaluated = self.loader.epoch
+        epoch, half = divmod(self.loader.epoch, self.config.passes)
+        if self.loader.batch == 0 and not half and state["evaluated"] < epoch and self._evaluates(epoch):
+            self.unevaluated = epoch
         if self.place.is_main:
             self.say(f"continuing {self.run} from step {self.step} of {self.total_steps}")
 
     def finish(self) -> dict[str, Any]:
         """Weights for others to load, and result.json, whose presence says that the run is finished."""
-        result = {"phase": self.config.phase, "steps": self.step, "weights": str(self.run / "weights")}
+        result = {
+            "phase": self.config.phase, "steps": self.step, "epochs": self.loader.epoch // self.config.passes,
+            "weights": str(self.run / "weights"), "best": self.selection.best,
+        }  # fmt: skip
+        if self.selection.exhausted and self.place.is_main:
+            self.say(f"ended after epoch {result['epochs']}: no better top-1 for {self.config.patience} evaluations")
 
         def write() -> None:
-            weights.save_weights(self.run / "weights", self.phase.card, self.phase.modules)
+            if self.config.keep == "best":
+                for name in self.stepper.results:
+                    content = (self.run / "best" / f"{name}.safetensors").read_bytes()
+                    (self.run / "weights").mkdir(exist_ok=True)
+                    write_atomically(self.run / "weights" / f"{name}.safetensors", content)
+            else:
+                weights.save_weights(self.run / "weights", self.phase.card, self.stepper.results)
             write_json(self.run / "result.json", result)
 
         self.place.on_main(write)
@@ -234,13 +276,26 @@ class _Trainer:
         every, last = self.config.eval_every, self.config.epochs
         return self.eval_loader is not None and (epoch % every == 0 or epoch == last)
 
-    def _refuse_divergence(self, values: dict[str, float]) -> None:
-        wrong = sorted(name for name, value in values.items() if not math.isfinite(value))
-        if wrong:
-            raise UserError(
-                f"the run diverged by step {self.step}: {', '.join(wrong)} is not finite; begin another run with "
-                f"a lower optimizer.lr or with grad_clip (the last good state is in {self.run / 'checkpoints'})"
-            )
+    def _finite(self, check: Callable[[], Any]) -> Any:
+        """check(), with what it says of terms that are not finite as a sentence for the user."""
+        try:
+            return check()
+        except Diverged as problem:
+            raise self._diverged(f"at step {problem.step + 1}: {', '.join(problem.terms)} is not finite") from None
+
+    def _refuse_broken_weights(self) -> None:
+        """A step with finite losses may still have left weights that are not; such a checkpoint would be no good."""
+        for name, module in self.phase.modules.items():
+            norms = torch._foreach_norm(list(module.parameters()))
+            if not bool(torch.stack([norm.float() for norm in norms]).isfinite().all()):
+                raise self._diverged(f"by step {self.step}: the {name}'s weights are not finite")
+
+    def _diverged(self, how: str) -> UserError:
+        last = checkpoint.newest(self.run / "checkpoints")
+        state = f"the last good state is {last}" if last else "no state had been saved before"
+        return UserError(
+            f"the run diverged {how}; begin another run with a lower optimizer.lr or with grad_clip ({state})"
+        )
 
     def _stops(self, stop: _StopRequest) -> bool:
         """Whether any rank was told to stop; with several ranks they agree at log steps, where they wait anyway."""
@@ -262,7 +317,7 @@ class _Trainer:
 def _adopt(lock: contextlib.ExitStack, run: Path, config: TrainConfig) -> None:
     """Locks the folder; begins it with this configuration, or checks that it was begun with it."""
     lock.enter_context(locked(run, f"another process is training in {run}; wait for it, or choose another --out"))
-    for folder in (run, run / "checkpoints", run / "weights"):
+    for folder in (run, run / "checkpoints", run / "weights", run / "best"):
         remove_leftovers(folder)
     begun = (run / "metrics.jsonl").is_file() or (run / "checkpoints").is_dir()
     if begun and (run / "config.yaml").is_file():

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,34 +21,86 @@ class Meter:
 
     def __init__(self, ranks: Ranks):
         self._ranks = ranks
-        self._sums: dict[str, Tensor] = {}
+        self._stages: dict[str, _Sums] = {}
 
-    def update(self, stage: str, terms: Terms, count: int) -> None:
-        """Adds the terms (means over `count` clips) of one stage."""
-        values = {**{f"{stage}/{name}": value for name, value in terms.items()}, f"{stage}/clips": None}
-        for name, value in values.items():
-            amount = torch.as_tensor(1.0, device=self._ranks.device) if value is None else value.detach().float()
-            # A rank without a clip of its own adds nothing, not even a NaN of its stand-in.
-            part = amount * count if count else torch.zeros_like(amount)
-            self._sums[name] = self._sums[name] + part if name in self._sums else part
+    def update(self, stage: str, terms: Terms, count: int, step: int) -> None:
+        """Adds the terms (means over `count` clips) of one stage of a step, counted from 0."""
+        values = torch.stack([value.detach().float() for value in terms.values()])
+        if not count:  # a rank without a clip of its own adds nothing, not even a NaN of its stand-in
+            values = torch.zeros_like(values)
+        if stage not in self._stages:
+            self._stages[stage] = _Sums(tuple(terms), torch.zeros_like(values), torch.full_like(values, math.inf), 0)
+        sums = self._stages[stage]
+        at = torch.where(values.isfinite(), math.inf, float(step))
+        total, bad = sums.total + values * count, torch.minimum(sums.bad_since, at)
+        self._stages[stage] = _Sums(sums.names, total, bad, sums.clips + count)
 
     def take(self) -> dict[str, float]:
-        """The means over all ranks since the last call; the one place that waits for the device."""
-        names = sorted(self._sums)
-        if not names:
+        """The means over all ranks since the last call; the one place that waits for the device. Raises Diverged."""
+        stages = sorted(self._stages)
+        if not stages:
             return {}
-        sums = dict(
-            zip(names, self._ranks.sum(torch.stack([self._sums[name] for name in names])).tolist(), strict=True)
-        )
-        self._sums = {}
-        return {name: sums[name] / sums[f"{name.split('/')[0]}/clips"] for name in names if not name.endswith("/clips")}
+        own = [torch.cat([self._stages[s].total, self._stages[s].total.new_tensor([self._stages[s].clips])])
+               for s in stages]  # fmt: skip
+        sums = iter(self._ranks.sum(torch.cat(own)).tolist())
+        means = {}
+        for stage in stages:
+            totals = [next(sums) for _ in self._stages[stage].names]
+            clips = next(sums)
+            means |= {f"{stage}/{name}": total / clips for name, total in zip(self._stages[stage].names, totals,
+                                                                              strict=True)}  # fmt: skip
+        if not all(math.isfinite(mean) for mean in means.values()):
+            self.refuse_divergence()
+        self._stages = {}
+        return {name: means[name] for name in sorted(means)}
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def refuse_divergence(self) -> None:
+        """Raises Diverged, on every rank, if any of them met a term that is not finite. Waits for the device."""
+        own = [
+            (step, f"{stage}/{name}")
+            for stage, sums in self._stages.items()
+            for name, step in zip(sums.names, sums.bad_since.tolist(), strict=True)
+            if math.isfinite(step)
+        ]
+        found = [entry for entries in self._ranks.gather(own) for entry in entries]
+        if found:
+            first = min(step for step, _ in found)
+            names = {name for step, name in found if step == first}
+            # A total is not finite because one of its terms is not.
+            terms = {name for name in names if not name.endswith("/total")} or names
+            raise Diverged(int(first), sorted(terms))
+
+    def state_dict(self) -> dict[str, Any]:
         """This rank's sums, so that a resumed run logs the same means."""
-        return dict(self._sums)
+        return {
+            stage: {"names": list(sums.names), "total": sums.total.cpu(), "bad": sums.bad_since.cpu(),
+                    "clips": sums.clips}
+            for stage, sums in self._stages.items()
+        }  # fmt: skip
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self._sums = {name: value.to(self._ranks.device) for name, value in state.items()}
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        device = self._ranks.device
+        self._stages = {
+            stage: _Sums(tuple(entry["names"]), entry["total"].to(device), entry["bad"].to(device), entry["clips"])
+            for stage, entry in state.items()
+        }
+
+
+class _Sums(NamedTuple):
+    """Of one stage: sums (terms,), for each term the first step that it was not finite in (inf for never), clips."""
+
+    names: tuple[str, ...]
+    total: Tensor
+    bad_since: Tensor
+    clips: int
+
+
+class Diverged(Exception):
+    """The terms that were not finite in a step, counted from 0, which is the first such one."""
+
+    def __init__(self, step: int, terms: list[str]):
+        super().__init__(f"step {step + 1}: {', '.join(terms)} not finite")
+        self.step, self.terms = step, terms
 
 
 class MetricsLog:

@@ -22,11 +22,11 @@ def build(config: OptimizerConfig, module: nn.Module, device: torch.device) -> t
         apex = _apex_optimizers()
         if config.name == "sgd":
             return apex.FusedSGD(groups, lr=config.lr, momentum=config.momentum)
-        return apex.FusedAdam(groups, lr=config.lr, adam_w_mode=True)
+        return apex.FusedAdam(groups, lr=config.lr, betas=config.betas, adam_w_mode=True)
     fused = True if device.type == "cuda" else None
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=fused)
-    return torch.optim.AdamW(groups, lr=config.lr, fused=fused)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps_per_epoch: int, total_steps: int) -> float:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..configs.schema import OptimizerConfig, TrainConfig
 from ..pipelines import plan
 from ..pipelines.loader import Batch
 from . import optimizers
 from .distributed import Ranks, precision
+from .ema import Averages
 from .metrics import Meter
-from .phases import Phase
+from .phases import Noise, Phase, Turn
 
 
 class Stepper:
@@ -26,20 +27,28 @@ class Stepper:
         }
         self.dtype = precision(config.precision, place.device)
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=self.dtype == torch.float16)
+        self.averages = Averages(phase.modules, config.ema) if config.ema else None
 
     def settings(self, module: str) -> OptimizerConfig:
         """The optimizer's configuration of a module."""
         return self.config.cvae_optimizer if module == "cvae" else self.config.optimizer
 
-    def take(self, batch: Batch, epoch: int, step: int, meter: Meter) -> None:
-        """All optimizer steps of one batch; epoch counts from 1, step from 0. The losses go to the meter."""
-        config, device = self.config, self.place.device
+    @property
+    def results(self) -> dict[str, nn.Module]:
+        """The modules to evaluate and save: the trained ones, or their moving averages."""
+        return self.phase.modules if self.averages is None else self.averages.modules
+
+    def take(self, batch: Batch, draw: int, step: int, meter: Meter) -> None:
+        """All optimizer steps of one batch; draw, the loader's epoch, and step count from 0. The losses go to the
+        meter."""
+        config, device, passes = self.config, self.place.device, self.config.passes
         torch.manual_seed(_mix(config.seed, step, self.place.rank))  # dropout's; makes resuming exact
         # Every clip of the global batch weighs the same however unevenly its ranks share it.
         weight = batch.count * self.place.world_size / batch.total
         if self.dtype == torch.float32:
             batch = dataclasses.replace(batch, clips=batch.clips.float())
-        stages = self.phase.stages(batch, epoch, self._noise(batch, epoch))
+        only = None if passes == 1 else ("cvae", "recognizer")[draw % passes]
+        stages = self.phase.stages(batch, Turn(draw // passes + 1, draw, self._noise(batch, draw), only))
         while True:
             with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
                 stage = next(stages, None)
@@ -57,15 +66,23 @@ class Stepper:
                 self.scaler.unscale_(optimizer)
                 torch.nn.utils.clip_grad_norm_(self.phase.modules[stage.module].parameters(), config.grad_clip)
             self.scaler.step(optimizer)
-            meter.update(stage.module, stage.terms, batch.count)
+            meter.update(stage.module, stage.terms, batch.count, step)
         self.scaler.update()
+        if self.averages is not None:
+            self.averages.update(step)
 
-    def _noise(self, batch: Batch, epoch: int) -> Tensor | None:
+    def _noise(self, batch: Batch, draw: int) -> Noise | None:
         if "cvae" not in self.phase.modules:
             return None
         channels, time, _, _ = self.phase.card.feature_shape
-        drawn = plan.noise(self.config.seed, epoch, batch.ids.tolist(), (time, channels))
-        return torch.from_numpy(drawn).to(self.place.device, non_blocking=True)
+
+        def drawn(number: int) -> Tensor:
+            values = plan.noise(self.config.seed, draw + 1, batch.ids.tolist(), (time, channels), number)
+            return torch.from_numpy(values).to(self.place.device, non_blocking=True)
+
+        # One noise for all three says where student and teacher differ; the original draws each anew.
+        first = drawn(0)
+        return Noise(first, drawn(1), drawn(2)) if self.config.compat == "reference" else Noise(first, first, first)
 
 
 def _mix(*values: int) -> int:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from ...configs.schema import TrainConfig
-from .base import Phase, Stage
-from .distillation import Distillation, PlainStudent
+from ..methods import METHODS
+from .base import Noise, Phase, Stage, Turn
+from .distillation import Distillation
 from .representation import Representation
+from .student import Student
 from .teacher import Teacher
 
-__all__ = ["Phase", "Stage", "build"]
+__all__ = ["Noise", "Phase", "Stage", "Turn", "build"]
 
 
-def build(config: TrainConfig, classes: tuple[str, ...]) -> Phase:
-    """The phase that a configuration asks for, its modules built and initialized, on the CPU."""
+def build(config: TrainConfig, classes: tuple[str, ...], modality: str = "rgb") -> Phase:
+    """The phase that a configuration asks for, its modules built and initialized, on the CPU. modality: of the data."""
     if config.phase == "teacher":
-        return Teacher(config, classes)
+        return Teacher(config, classes, modality)
     if config.phase == "representation":
-        return Representation(config, classes)
-    return PlainStudent(config, classes) if config.method == "none" else Distillation(config, classes)
+        return Representation(config, classes, modality)
+    vae = METHODS[config.distill.method].vae
+    return Distillation(config, classes, modality) if vae else Student(config, classes, modality)

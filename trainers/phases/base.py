@@ -15,6 +15,7 @@ from ...models import checkpoints
 from ...models.recognizer import build_cvae
 from ...pipelines.loader import Batch
 from ..distributed import Ranks
+from ..frozen import FrozenTeacher, same_preprocessing
 from ..losses import Terms
 
 log = logging.getLogger(__name__)
@@ -27,20 +28,22 @@ class Stage(NamedTuple):
     terms: Terms
 
 
-def same_preprocessing(place: str, stored: checkpoints.ModelCard, own: checkpoints.ModelCard) -> None:
-    """Refuses weights that were trained on otherwise normalized clips; another stride is only mentioned."""
-    if stored.modality != own.modality:
-        raise UserError(f"{place} is for {stored.modality} clips, this data set holds {own.modality}")
-    prefix = "flow_" if own.modality == "flow" else ""
-    for key in (f"{prefix}mean", f"{prefix}std"):
-        if stored.data.get(key, own.data[key]) != own.data[key]:
-            raise UserError(
-                f"{place} was trained with data.{key}={stored.data[key]}, this run has {own.data[key]}; use the same"
-            )
-    if stored.data.get("stride", own.data["stride"]) != own.data["stride"]:
-        log.warning(
-            "%s was trained with data.stride=%s, this run has %s", place, stored.data["stride"], own.data["stride"]
-        )
+class Noise(NamedTuple):
+    """Standard normal (N,T,C) each: for the VAE's encoder, for the teacher's VAE beside it, for decoding the prior."""
+
+    encoder: Tensor
+    teacher: Tensor
+    prior: Tensor
+
+
+class Turn(NamedTuple):
+    """Where a step stands. epoch counts from 1; draw, the loader's epoch, from 0; only: the one module whose stage is
+    wanted, where the stages take turns by epoch."""
+
+    epoch: int
+    draw: int
+    noise: Noise | None
+    only: str | None
 
 
 class Phase:
@@ -68,6 +71,7 @@ class Phase:
             if self.uses_cvae:
                 self.modules["cvae"] = self.cvae = build_cvae(self.card.feature_shape)
         self.frozen: dict[str, nn.Module] = {}
+        self.teacher: FrozenTeacher | None = None
         self.nets = dict(self.modules)
         if config.init:
             self._initialize(config.init)
@@ -93,6 +97,6 @@ class Phase:
         for module in self.modules.values():
             module.train()
 
-    def stages(self, batch: Batch, epoch: int, noise: Tensor | None) -> Iterator[Stage]:
-        """The optimizer steps of one batch in turn; each is taken before the next is asked for. epoch counts from 1."""
+    def stages(self, batch: Batch, turn: Turn) -> Iterator[Stage]:
+        """The optimizer steps of one batch in turn; each is taken before the next is asked for."""
         raise NotImplementedError

@@ -5,56 +5,67 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from ...configs.schema import TrainConfig
-from ...models.recognizer import ENDPOINT
+from ...models.recognizer import ENDPOINT, RecognizerOutput
 from ...pipelines.loader import Batch
 from .. import losses
-from .base import Phase, Stage
+from .base import Phase, Stage, Turn
 
 log = logging.getLogger(__name__)
 
 
 class Representation(Phase):
-    """Alternates on every batch, from one backbone forward: stage A for the VAE, stage B for backbone and attention."""
+    """Stage A for the VAE, stage B for backbone and attention: on every batch, from one forward of the backbone, or
+    each in a pass over the data of its own, as `alternate` says."""
 
     uses_cvae = True
 
-    def __init__(self, config: TrainConfig, classes: tuple[str, ...]):
-        super().__init__(config, classes)
+    def __init__(self, config: TrainConfig, classes: tuple[str, ...], modality: str = "rgb"):
+        super().__init__(config, classes, modality)
         if config.phase == "representation" and not config.init:
             log.warning("no init=RUN: the teacher's backbone starts from random weights")
 
-    def teach(
-        self, batch: Batch, features: Tensor, attention: Tensor, noise: Tensor
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The teacher's reconstruction of these features, and its attention for these clips; none in this phase."""
-        return None, None
+    def teacher_reconstruction(self, features: Tensor, attention: Tensor, noise: Tensor) -> Tensor | None:
+        """The teacher VAE's reconstruction of these features, for stage A; none in this phase."""
+        return None
 
-    def stages(self, batch: Batch, epoch: int, noise: Tensor | None) -> Iterator[Stage]:
-        assert noise is not None, "the loop draws noise for phases with a VAE"
-        config = self.config.loss
+    def teacher_attention(self, batch: Batch, turn: Turn) -> Tensor | None:
+        """The teacher's attention for these clips, for stage B; none in this phase."""
+        return None
+
+    def stages(self, batch: Batch, turn: Turn) -> Iterator[Stage]:
+        if turn.only == "cvae":
+            with torch.no_grad():  # batch norm's statistics move, as in the original
+                output = self.recognizer(batch.clips)
+            yield self._stage_a(output, turn)
+            return
         output = self.nets["recognizer"](batch.clips)
-        features, attention = output.features[ENDPOINT], output.attention
-        fixed_features, fixed_attention = features.detach(), attention.detach()
-        teacher_reconstruction, teacher_attention = self.teach(batch, fixed_features, fixed_attention, noise)
+        if turn.only is None:
+            yield self._stage_a(output, turn)
+        yield self._stage_b(output, batch, turn)  # with the VAE as stage A has just left it
 
-        model = self.nets["cvae"](fixed_features, fixed_attention, noise)
-        yield Stage(
-            "cvae",
-            losses.generative(
-                config, fixed_features, fixed_attention, model.reconstruction, model.mean, model.logvar,
-                teacher_reconstruction,
-            ),
-        )  # fmt: skip
+    def _stage_a(self, output: RecognizerOutput, turn: Turn) -> Stage:
+        assert output.attention is not None and turn.noise is not None
+        features, attention = output.features[ENDPOINT].detach(), output.attention.detach()
+        taught = self.teacher_reconstruction(features, attention, turn.noise.teacher)
+        model = self.nets["cvae"](features, attention, turn.noise.encoder)
+        terms = losses.generative(
+            self.config.loss, features, attention, model.reconstruction, model.mean, model.logvar, taught
+        )
+        return Stage("cvae", terms)
 
+    def _stage_b(self, output: RecognizerOutput, batch: Batch, turn: Turn) -> Stage:
+        assert output.attention is not None and turn.noise is not None
+        config = self.config.loss
         class_loss = losses.classification(
             output.logits, batch.labels, label_smoothing=config.label_smoothing, compat=self.config.compat
         )
-        # The VAE as stage A has just left it.
-        reconstruction = self.cvae.decode_frozen(attention, noise)
-        yield Stage(
-            "recognizer",
-            losses.distillation(config, class_loss, epoch, features, reconstruction, attention, teacher_attention),
-        )
+        reconstruction = self.cvae.decode_frozen(output.attention, turn.noise.prior)
+        terms = losses.distillation(
+            config, class_loss, turn.epoch, output.features[ENDPOINT], reconstruction, output.attention,
+            self.teacher_attention(batch, turn),
+        )  # fmt: skip
+        return Stage("recognizer", terms)

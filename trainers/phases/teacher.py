@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import Tensor
-
 from ...pipelines.loader import Batch
 from .. import losses
-from .base import Phase, Stage
+from .base import Phase, Stage, Turn
 
 
 class Teacher(Phase):
@@ -16,7 +14,7 @@ class Teacher(Phase):
 
     uses_attention = False
 
-    def stages(self, batch: Batch, epoch: int, noise: Tensor | None) -> Iterator[Stage]:
+    def stages(self, batch: Batch, turn: Turn) -> Iterator[Stage]:
         output = self.nets["recognizer"](batch.clips)
         loss = losses.classification(
             output.logits, batch.labels, label_smoothing=self.config.loss.label_smoothing, compat=self.config.compat

@@ -1,0 +1,181 @@
+"""The teacher of a distillation: loaded, checked against its student, frozen, and remembered where views come again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..configs.schema import TrainConfig
+from ..errors import UserError
+from ..models import checkpoints
+from ..models.recognizer import ENDPOINT
+from ..pipelines.loader import Batch
+from .methods import Method, Outputs
+
+log = logging.getLogger(__name__)
+
+
+class FrozenTeacher:
+    """A trained recognizer, and its conditional VAE where the method follows it, in eval mode and without gradients.
+
+    Raises UserError for weights that do not fit the student: other classes, clips, modality or feature shape.
+    """
+
+    def __init__(self, config: TrainConfig, student: checkpoints.ModelCard, method: Method):
+        self.place = config.teacher
+        if not self.place:
+            raise UserError(
+                f"method {config.distill.method} of the distill phase needs teacher=RUN, the folder of a finished "
+                "representation run"
+            )
+        self.recognizer, self.card = checkpoints.load_recognizer(self.place)
+        self.method, self.config = method, config
+        self._check(student)
+        self.modules: dict[str, nn.Module] = {"teacher": self.recognizer}
+        if method.follows_vae:
+            self.modules["teacher_cvae"] = checkpoints.load_cvae(self.place)
+        for module in self.modules.values():
+            module.requires_grad_(False)
+        self._cache: TeacherCache | None = None
+
+    def remember(self, folder: Path, index_digest: str, rows: np.ndarray, dtype: torch.dtype) -> None:
+        """Keeps its outputs for every (video, view) on disk from here on; rows: the videos of the training split."""
+        about = {
+            "weights": hashlib.sha256(checkpoints.find_weights(self.place).read_bytes()).hexdigest(),
+            "index": index_digest, "seed": self.config.seed, "dtype": str(dtype),
+            "data": self.config.data.model_dump(mode="json", exclude={"dataset", *_NO_PIXELS}),
+        }  # fmt: skip
+        self._cache = TeacherCache(folder, about, rows, self.config.data.fixed_views)
+
+    def outputs(self, batch: Batch, draw: int) -> Outputs:
+        """What the method compares with, of the batch's clips, (N,...) each; draw: the loader's epoch, from 0."""
+        wanted = self.method.teacher
+        if not wanted:
+            return {}
+        if self._cache is None:
+            return self._run(batch.clips, wanted)
+        view = draw % self.config.data.fixed_views
+        rows = batch.ids.tolist()
+        known = self._cache.read(rows, view, wanted)
+        if known is None:
+            known = self._run(batch.clips, wanted)
+            self._cache.write(rows, view, known)
+        return {name: value.to(batch.clips.device, non_blocking=True) for name, value in known.items()}
+
+    def reconstruct(self, features: Tensor, attention: Tensor, noise: Tensor) -> Tensor:
+        """Its VAE's reconstruction of the student's features (N,C,T,H,W), without gradients."""
+        with torch.inference_mode():
+            found = self.modules["teacher_cvae"](features, attention, noise).reconstruction
+        return found.clone()  # the copy may take part in a loss, which a tensor made in inference mode may not
+
+    def _run(self, clips: Tensor, wanted: tuple[str, ...]) -> Outputs:
+        with torch.inference_mode():
+            output = self.recognizer(clips)
+        found = {"logits": output.logits, "features": output.features[ENDPOINT], "attention": output.attention}
+        return {name: found[name].clone() for name in wanted}
+
+    def _check(self, student: checkpoints.ModelCard) -> None:
+        place, own = f"teacher={self.place}", self.card
+        if "attention" in self.method.teacher and not own.attention:
+            raise UserError(f"{place} has no attention head; use the run of the representation phase")
+        if own.classes != student.classes:
+            raise UserError(f"{place} was trained on {len(own.classes)} other classes than the data set's")
+        if (own.clip_length, own.size) != (student.clip_length, student.size):
+            raise UserError(
+                f"{place} takes {own.clip_length} frames of {own.size} px, this student {student.clip_length} of "
+                f"{student.size} px; set data.clip_length and data.size to the teacher's"
+            )
+        same_preprocessing(place, own, student)
+        if own.feature_shape != student.feature_shape:
+            raise UserError(
+                f"teacher and student differ at {ENDPOINT}: (C,T,H,W) {own.feature_shape} and "
+                f"{student.feature_shape}; set model.width={own.model.width}"
+            )
+
+
+def same_preprocessing(place: str, stored: checkpoints.ModelCard, own: checkpoints.ModelCard) -> None:
+    """Refuses weights of the other modality or of otherwise normalized clips; another stride is only mentioned."""
+    if stored.modality != own.modality:
+        raise UserError(f"{place} is for {stored.modality} clips, this data set holds {own.modality}")
+    prefix = "flow_" if own.modality == "flow" else ""
+    for key in (f"{prefix}mean", f"{prefix}std"):
+        if stored.data.get(key, own.data[key]) != own.data[key]:
+            raise UserError(
+                f"{place} was trained with data.{key}={stored.data[key]}, this run has {own.data[key]}; use the same"
+            )
+    if stored.data.get("stride", own.data["stride"]) != own.data["stride"]:
+        log.warning(
+            "%s was trained with data.stride=%s, this run has %s", place, stored.data["stride"], own.data["stride"]
+        )
+
+
+# Keys of the configuration that do not touch a clip's pixels.
+_NO_PIXELS = {
+    "eval_split", "eval_scale", "eval_clips", "window_stride", "eval_window_stride", "shuffle_shards", "hybrid_share",
+    "decoder_threads", "pipelines_per_gpu", "prefetch", "read_ahead", "cache_dir", "cache_gb", "retries", "on_error",
+}  # fmt: skip
+
+
+class TeacherCache:
+    """A teacher's outputs of every (video, view), as float32 arrays in memory-mapped files that ranks may share.
+
+    An entry counts only when its mark is set, after its values; a run that was killed leaves no half ones. Another
+    teacher, data set, seed or preprocessing has another folder below `folder`.
+    """
+
+    def __init__(self, folder: Path, about: dict, rows: np.ndarray, views: int):
+        text = json.dumps(about, sort_keys=True)
+        self.folder = Path(folder) / f"teacher-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "about.json").write_text(text + "\n", encoding="utf-8")
+        self._place = {int(row): number for number, row in enumerate(rows)}
+        self._shape = (len(rows), views)
+        self._files: dict[str, np.memmap] = {}
+
+    def read(self, rows: list[int], view: int, names: tuple[str, ...]) -> Outputs | None:
+        """The outputs of these videos, or None if any is missing."""
+        places = [self._place[row] for row in rows]
+        found = {}
+        for name in names:
+            path = self.folder / f"{name}.f32"
+            if name not in self._files and not path.exists():
+                return None
+            marks = self._open(f"{name}.done", np.uint8, ())
+            if not marks[places, view].all():
+                return None
+            shape = tuple(json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8")))
+            found[name] = torch.from_numpy(self._open(f"{name}.f32", np.float32, shape)[places, view])
+        return found
+
+    def write(self, rows: list[int], view: int, outputs: Outputs) -> None:
+        """Stores the outputs of these videos."""
+        places = [self._place[row] for row in rows]
+        for name, value in outputs.items():
+            values = value.float().cpu().numpy()
+            description = self.folder / f"{name}.json"
+            if not description.exists():
+                temporary = description.with_name(f"{name}.{os.getpid()}.tmp")
+                temporary.write_text(json.dumps(list(values.shape[1:])), encoding="utf-8")
+                temporary.replace(description)
+            stored = self._open(f"{name}.f32", np.float32, values.shape[1:])
+            stored[places, view] = values
+            stored.flush()
+            self._open(f"{name}.done", np.uint8, ())[places, view] = 1
+
+    def _open(self, file: str, dtype: type, shape: tuple[int, ...]) -> np.memmap:
+        if file not in self._files:
+            path, whole = self.folder / file, (*self._shape, *shape)
+            # Sparse until it is written; opened so that ranks which come later do not cut it.
+            size = int(np.prod(whole)) * np.dtype(dtype).itemsize
+            with open(path, "ab") as handle:
+                if handle.tell() < size:
+                    handle.truncate(size)
+            self._files[file] = np.memmap(path, dtype, "r+", shape=whole)
+        return self._files[file]
