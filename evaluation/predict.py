@@ -187,7 +187,7 @@ def _in_folder(folder: str) -> list[str]:
     paths = [path for path, usable in scan(Path(folder), Path(folder), rejected) if usable and os.path.isfile(path)]
     for entry in rejected:
         log.warning("%s in %s: %s", entry.path, folder, entry.reason)
-    return [path for path in paths if not path.endswith(".npy")]
+    return sorted(path for path in paths if not path.endswith(".npy"))
 
 
 def to_json(predictor: Predictor, predictions: Sequence[Prediction]) -> dict[str, Any]:
