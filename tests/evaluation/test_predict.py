@@ -136,7 +136,7 @@ def test_scores_equal_those_of_the_evaluation(weights, data, tmp_path):
         np.testing.assert_allclose(found.timeline.scores[4], entry["scores"], atol=1e-5)
 
 
-def test_only_one_window_of_a_video_is_held(card, avi, monkeypatch):
+def test_only_one_window_of_a_video_is_held(card, avi):
     config = recognition.data_config(card)
     clips = RawClips(avi[0], config, storing(card), lambda fps: 4)
     seen = [(window.start, clips.count) for window in clips]
@@ -331,3 +331,8 @@ def test_real_videos(make_weights, real_data):
     assert len(clips) == 9 and all(entry.error is None for entry in clips.values())
     with av.open(str(real_data / "clips" / "test.avi")) as container:
         assert clips["test.avi"].frames == sum(1 for _ in container.decode(video=0)) == 164
+
+
+def test_help_has_examples():
+    done = run("--help")
+    assert done.exit_code == 0 and "genkd predict" in done.stdout.split("Examples:")[1]
