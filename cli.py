@@ -14,6 +14,7 @@ import click
 from . import __version__
 from .cli_data import COMMANDS
 from .cli_options import FOLDER, examples
+from .cli_predict import COMMANDS as PREDICT_COMMANDS
 from .errors import Stopped, UserError, explain_os_error
 from .files import write_json
 
@@ -51,7 +52,7 @@ def main() -> None:
     logging.getLogger("genkd").setLevel(logging.INFO)
 
 
-for _command in COMMANDS:
+for _command in (*COMMANDS, *PREDICT_COMMANDS):
     main.add_command(_command)
 
 

@@ -1,0 +1,152 @@
+"""The command that scores raw videos."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .cli_options import FOLDER, examples
+from .errors import UserError
+
+_LARGEST = 2160
+
+
+@click.command()
+@click.argument("videos", nargs=-1, required=True)
+@click.option("--weights", required=True, type=FOLDER, help="A run folder or a weights file.")
+@click.option("--top", default=5, show_default=True, type=click.IntRange(1), help="Classes to name.")
+@click.option("--hop", default=0.5, show_default=True, help="From one window to the next, in clip lengths, 0 to 1.")
+@click.option("--stride-seconds", type=float, help="The same in seconds; wins over --hop.")
+@click.option("--fps", type=float, help="Frames a second to see  [default: as the weights' data set]")
+@click.option("--short-side", type=int, help="Pixels to scale to first, 0: none  [default: as the weights' data set]")
+@click.option("--flow-method", type=click.Choice(["tvl1", "dis", "farneback"]),
+              help="For flow weights  [default: as their data set, else tvl1]")  # fmt: skip
+@click.option("--batch-size", default=8, show_default=True, type=click.IntRange(1), help="Windows at a time.")
+@click.option("--precision", default="auto", show_default=True, type=click.Choice(["auto", "fp32", "bf16", "fp16"]))
+@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
+@click.option("--render", type=FOLDER, help="Write the video with what was found drawn into it: a .mp4 file, or a "
+              "folder.")  # fmt: skip
+@click.option("--render-side", default=720, show_default=True, type=click.IntRange(240, _LARGEST),
+              help="Short side of that picture at most.")  # fmt: skip
+@click.option("--out", type=FOLDER, help="Write everything as JSON into this file.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@examples(
+    "genkd predict party.mp4 --weights runs/student\n"
+    "genkd predict recordings/ 'more/**/*.mkv' --weights runs/student --out found.json\n"
+    "genkd predict long.mp4 --weights runs/student --stride-seconds 5 --json | jq '.videos[].segments'\n"
+    "genkd predict party.mp4 --weights runs/student --render party-seen.mp4"
+)
+def predict(videos: tuple[str, ...], weights: Path, render: Path | None, render_side: int, out: Path | None,
+            as_json: bool, **options: Any) -> None:  # fmt: skip
+    """Say what raw VIDEOS show, as a whole and from when to when.
+
+    VIDEOS are files, folders that are searched through, and quoted patterns. Each video is brought to the frame rate
+    and size of the data set that the weights were trained on, where that is on this machine; otherwise it keeps its
+    frame rate and is scaled to 256 pixels, as `genkd shard` does. Its windows are clips as in the evaluation; windows
+    next to each other with the same best class are joined. A video shorter than a clip is filled up as in training.
+
+    Exits with 1 if any video could not be read to its end; what is said about the others, and about what could be
+    read of it, is complete.
+    """
+    from .evaluation.predict import Predictor, PredictSettings, find_videos, to_json, write
+    from .progress import bar
+
+    paths = find_videos(videos)
+    targets = _targets(paths, render)
+    predictor = Predictor(weights, PredictSettings(**options))
+    with bar("predicting", "windows") as progress:
+        progress.start(sum(predictor.expected_windows(path) for path in paths))
+        found = [predictor.predict(path, progress.add) for path in paths]
+    values = to_json(predictor, found)
+    for entry, path in zip(values["videos"], paths, strict=True):
+        entry["rendered"] = str(targets[path]) if path in targets and entry["windows"] else None
+    if out:
+        write(out, values)
+    if as_json:
+        click.echo(json.dumps(values, indent=2, ensure_ascii=False))
+    else:
+        _show(values["videos"])
+    for entry in values["videos"]:
+        if entry["error"]:
+            click.echo(f"{entry['path']}: {entry['error']}", err=True)
+    _render(found, predictor.card.classes, targets, render_side)
+    sys.exit(1 if values["failed"] else 0)
+
+
+def _render(found: Sequence[Any], classes: tuple[str, ...], targets: dict[Path, Path], side: int) -> None:
+    from .evaluation.render import render
+    from .progress import bar
+
+    drawn = [entry for entry in found if entry.timeline is not None and entry.path in targets]
+    if not drawn:
+        return
+    with bar("rendering", "frames") as progress:
+        progress.start(sum(entry.frames for entry in drawn))
+        for entry in drawn:
+            render(entry, classes, targets[entry.path], most_side=side, on_frame=lambda: progress.add(1))
+
+
+def _targets(paths: Sequence[Path], place: Path | None) -> dict[Path, Path]:
+    """Where each video's rendering goes: the file `place`, or files below it that are named as the videos are."""
+    if place is None:
+        return {}
+    if place.suffix.lower() == ".mp4" and not place.is_dir():
+        if len(paths) > 1:
+            raise UserError(f"--render {place} is one file, but there are {len(paths)} videos; name a folder")
+        targets = {paths[0]: place}
+    else:
+        if place.is_file():
+            raise UserError(f"--render {place} is a file that does not end in .mp4; name a folder or a .mp4 file")
+        whole = [Path(os.path.abspath(path)) for path in paths]
+        root = os.path.commonpath([path.parent for path in whole])
+        names = [os.path.relpath(path, root) for path in whole]
+        stems = [os.path.splitext(name)[0] for name in names]
+        targets = {
+            path: place / f"{stem if stems.count(stem) == 1 else name}.mp4"
+            for path, name, stem in zip(paths, names, stems, strict=True)
+        }
+    sources = {os.path.realpath(path) for path in paths}
+    for target in targets.values():
+        if os.path.realpath(target) in sources:
+            raise UserError(f"--render would write over the video {target}; choose another place")
+    return targets
+
+
+def _show(videos: Sequence[dict[str, Any]]) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from .evaluation.timeline import clock
+    from .tables import show
+
+    for video in videos:
+        if not video["windows"]:
+            continue
+        count = len(video["windows"])
+        # No table's title, which would be as narrow as the table.
+        click.echo(
+            f"{video['path']}: {clock(video['duration_s'])} at {video['fps']:g} frames/s, {count} "
+            f"window{'s' if count > 1 else ''}"
+        )
+        whole = Table("class")
+        whole.add_column("score", justify="right")
+        for entry in video["top"]:
+            whole.add_row(escape(entry["class"]), f"{100 * entry['score']:.1f} %")
+        parts = Table("from", "to", "class")
+        parts.add_column("score", justify="right")
+        parts.add_column("windows", justify="right")
+        for entry in video["segments"]:
+            parts.add_row(
+                clock(entry["start_s"]), clock(entry["end_s"]), escape(entry["class"]),
+                f"{100 * entry['score']:.1f} %", str(entry["windows"]),
+            )  # fmt: skip
+        show([whole, parts])
+
+
+COMMANDS = (predict,)

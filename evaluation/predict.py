@@ -1,0 +1,259 @@
+"""Scores raw video files with stored weights: what they show as a whole, and from when to when."""
+
+from __future__ import annotations
+
+import glob
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import torch
+
+from .. import __version__
+from ..configs.schema import DataConfig
+from ..errors import UserError, explained
+from ..files import write_json
+from ..models.checkpoints import ModelCard, load_recognizer
+from ..preprocessing.decoding import VideoError
+from ..preprocessing.lookup import printable
+from ..preprocessing.sources import scan
+from ..trainers import distributed
+from .raw_clips import RawClips, Storing, Window, expected_windows, storing
+from .recognition import data_config
+from .timeline import Timeline
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PredictSettings:
+    """How videos are cut into windows and scored.
+
+    hop: from one window to the next, as a share of a window's length; stride_seconds: the same in seconds, which wins;
+    fps, short_side, flow_method: None for those of the weights' data set, see raw_clips.storing; top: classes to name.
+    Raises UserError for a value out of its range.
+    """
+
+    hop: float = 0.5
+    stride_seconds: float | None = None
+    fps: float | None = None
+    short_side: int | None = None
+    flow_method: str | None = None
+    top: int = 5
+    batch_size: int = 8
+    precision: str = "auto"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.hop <= 1:
+            raise UserError(f"--hop {self.hop:g} is not above 0 and at most 1, a share of a clip's length")
+        if self.stride_seconds is not None and not 0 < self.stride_seconds < float("inf"):
+            raise UserError(f"--stride-seconds {self.stride_seconds:g} is not above 0")
+        if self.top < 1 or self.batch_size < 1:
+            raise UserError(f"--top {self.top} and --batch-size {self.batch_size} must be 1 or more")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What was found in one video. timeline is None where nothing of it could be read; error: why it could not be read
+    to its end, None if it could; fps: pictures a second that the network saw; frames: how many."""
+
+    path: Path
+    fps: float = 0.0
+    frames: int = 0
+    timeline: Timeline | None = None
+    error: str | None = None
+
+
+class Predictor:
+    """Stored weights on a device, ready to score raw videos.
+
+    Raises UserError for unusable weights or settings.
+    """
+
+    def __init__(self, weights: Path, settings: PredictSettings = PredictSettings()):
+        self.weights, self.settings = weights, settings
+        model, self.card = load_recognizer(weights)
+        self.config: DataConfig = data_config(self.card)
+        self.storing: Storing = storing(
+            self.card, fps=settings.fps, short_side=settings.short_side, flow_method=settings.flow_method
+        )
+        self.device = distributed.choose_device(settings.device)
+        self.dtype = distributed.precision(settings.precision, self.device)
+        self._model = model.to(self.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        # The reference's sums run over a batch: alone, a window's scores do not depend on its neighbours.
+        self.batch_size = 1 if self.card.compat == "reference" else settings.batch_size
+        mean, std = (
+            (self.config.flow_mean, self.config.flow_std)
+            if self.card.modality == "flow"
+            else (self.config.mean, self.config.std)
+        )
+        self._mean, self._std = (torch.tensor(v, device=self.device) * 255 for v in (mean, std))
+
+    def predict(self, path: Path, on_window: Callable[[int], None] = lambda windows: None) -> Prediction:
+        """Streams through one video file; an unreadable one gives a Prediction with an error. on_window: windows
+        scored since the last call."""
+        clips = RawClips(path, self.config, self.storing, self.hop)
+        starts: list[int] = []
+        scores, attention = [], []
+        waiting: list[Window] = []
+
+        def flush() -> None:
+            if waiting:
+                starts.extend(window.start for window in waiting)
+                found, seen = self.score(waiting)
+                scores.append(found)
+                attention.append(seen)
+                on_window(len(waiting))
+                waiting.clear()
+
+        try:
+            for window in clips:
+                waiting.append(window)
+                if len(waiting) == self.batch_size:
+                    flush()
+            flush()
+        except VideoError as error:
+            return Prediction(path, error=str(error))
+        seen = [entry for entry in attention if entry is not None]
+        timeline = Timeline(
+            np.array(starts) / clips.rate, self.config.clip_length * self.config.stride / clips.rate,
+            clips.count / clips.rate, np.concatenate(scores), np.concatenate(seen) if seen else None,
+        )  # fmt: skip
+        return Prediction(path, clips.rate, clips.count, timeline, clips.problem)
+
+    def score(self, windows: Sequence[Window]) -> tuple[np.ndarray, np.ndarray | None]:
+        """Scores (N,K) that add up to 1, and attention (N,T') averaged over the channels, None without a head."""
+        pixels = torch.from_numpy(np.stack([window.pixels for window in windows])).to(self.device)
+        clips = (pixels - self._mean) / self._std  # (N,T,H,W,C)
+        for clip, window in zip(clips, windows, strict=True):
+            if window.known < len(clip):
+                clip[window.known :] = self._filler()
+        # A view in channels_last_3d, which is the network's layout.
+        clips = clips.permute(0, 4, 1, 2, 3)
+        with torch.inference_mode(), torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            output = self._model(clips)
+        scores = output.scores.double()
+        attention = None if output.attention is None else output.attention.float().mean(1).cpu().numpy()
+        return (scores / scores.sum(1, keepdim=True)).cpu().numpy(), attention
+
+    def hop(self, fps: float) -> int:
+        """Pictures from one window to the next at a frame rate."""
+        if self.settings.stride_seconds is not None:
+            return max(1, round(self.settings.stride_seconds * fps))
+        return max(1, round(self.settings.hop * self.config.clip_length * self.config.stride))
+
+    def expected_windows(self, path: Path) -> int:
+        """About how many windows a video gives, by its header."""
+        return expected_windows(path, self.config, self.storing, self.hop)
+
+    def _filler(self) -> torch.Tensor | float:
+        if self.config.padding == "zero":
+            return 0.0
+        return ((128.0 if self.card.modality == "flow" else 0.0) - self._mean) / self._std
+
+
+def find_videos(places: Iterable[str]) -> list[Path]:
+    """The video files that are meant: files as they are, folders with everything in them that has a video's extension,
+    and patterns such as "clips/**/*.mp4". Each file once, in the order given, those of a folder sorted.
+
+    Raises UserError for a place without any.
+    """
+    found: dict[str, Path] = {}
+    for place in places:
+        if "://" in place:
+            raise UserError(f"{place} is a URL; videos are read from a local or mounted folder")
+        if os.path.lexists(place):  # a name may hold brackets
+            matches = [place]
+        else:
+            matches = sorted(glob.glob(place, recursive=True))
+            if not matches:
+                raise UserError(f"no file or folder matches {place!r}; check the path, and quote patterns")
+        videos = [path for match in matches for path in (_in_folder(match) if os.path.isdir(match) else [match])]
+        if not videos:
+            raise UserError(f"{place} holds no file with a video's extension; name a file to have it tried")
+        for path in videos:
+            found.setdefault(os.path.realpath(path), Path(path))
+    return list(found.values())
+
+
+def _in_folder(folder: str) -> list[str]:
+    rejected: list = []
+    paths = [path for path, usable in scan(Path(folder), Path(folder), rejected) if usable and os.path.isfile(path)]
+    for entry in rejected:
+        log.warning("%s in %s: %s", entry.path, folder, entry.reason)
+    return sorted(path for path in paths if not path.endswith(".npy"))
+
+
+def to_json(predictor: Predictor, predictions: Sequence[Prediction]) -> dict[str, Any]:
+    """Everything as JSON values: versions, weights, settings, and each video's classes, windows and segments."""
+    card, stored = predictor.card, predictor.storing
+    return {
+        "versions": {"genkd": __version__, "torch": torch.__version__, "av": av.__version__},
+        "weights": str(predictor.weights),
+        "model": {
+            "modality": card.modality, "temporal": card.model.temporal, "width": card.model.width,
+            "attention": card.attention, "compat": card.compat, "clip_length": card.clip_length,
+            "stride": predictor.config.stride, "size": card.size,
+        },
+        "settings": {
+            **asdict(predictor.settings), "batch_size": predictor.batch_size, "device": predictor.device.type,
+            "precision": str(predictor.dtype).removeprefix("torch."), "fps": stored.video.fps,
+            "short_side": None if stored.video.size else stored.video.short_side, "stored_size": stored.video.size,
+            "flow_method": stored.flow and stored.flow.method, "stored_as": stored.origin,
+        },
+        "classes": list(card.classes),
+        "videos": [_video_json(entry, card, predictor.settings.top) for entry in predictions],
+        "failed": sum(entry.error is not None for entry in predictions),
+    }  # fmt: skip
+
+
+def _video_json(found: Prediction, card: ModelCard, top: int) -> dict[str, Any]:
+    line = found.timeline
+    values: dict[str, Any] = {
+        "path": printable(str(found.path)), "fps": None, "frames": None, "duration_s": None, "top": [], "windows": [],
+        "segments": [], "attention": None, "error": found.error,
+    }  # fmt: skip
+    if line is None:
+        return values
+    attention = line.attention_by_second()
+    windows = [
+        {
+            "start_s": round(float(line.starts[n]), 3), "end_s": round(float(line.ends[n]), 3),
+            "top": top_classes(line.scores[n], card.classes, top),
+            "attention": None if line.attention is None else _rounded(line.attention[n]),
+        }
+        for n in range(len(line.starts))
+    ]  # fmt: skip
+    segments = [
+        {"start_s": round(entry.start_s, 3), "end_s": round(entry.end_s, 3), "class": card.classes[entry.label],
+         "score": round(entry.score, 6), "windows": entry.windows}
+        for entry in line.segments()
+    ]  # fmt: skip
+    return {
+        **values, "fps": round(found.fps, 4), "frames": found.frames, "duration_s": round(line.duration_s, 3),
+        "top": top_classes(line.mean_scores, card.classes, top), "windows": windows, "segments": segments,
+        "attention": attention and {"step_s": 1.0, "values": _rounded(attention)},
+    }  # fmt: skip
+
+
+def top_classes(scores: np.ndarray, classes: Sequence[str], count: int) -> list[dict[str, Any]]:
+    """The best `count` of scores (K,) as [{"class", "score"}], the best first."""
+    best = np.argsort(-scores, kind="stable")[:count]
+    return [{"class": classes[label], "score": round(float(scores[label]), 6)} for label in best]
+
+
+def write(path: Path, values: dict[str, Any]) -> None:
+    """The JSON values as a file, whole or not at all. Raises UserError where it cannot be written."""
+    with explained(f"writing {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, values)
+
+
+def _rounded(values: Iterable[float]) -> list[float]:
+    return [round(float(value), 6) for value in values]
