@@ -1,74 +1,86 @@
-"""Clips a second of one training step of each phase, on clips that are already on the device."""
+"""Clips a second of distillation, and of the other phases, beside the original implementation's schedule.
+
+Every contender is a process of its own that trains on the same synthetic videos through genkd's loader: a clip counts
+once for all that an epoch does with it. See train_contender.py for what happens inside, and for the columns of `extra`.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import sys
 import tempfile
-import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..configs.load import load
-from ..configs.schema import TrainConfig
 from ..models.checkpoints import save_weights
-from ..pipelines.loader import Batch
+from ..preprocessing import sources
+from ..preprocessing.convert import convert
+from ..preprocessing.shards import Dataset
+from ..preprocessing.synthetic import SynthSettings, synthesize
+from ..preprocessing.video import VideoSettings
 from ..trainers import phases
-from ..trainers.distributed import Ranks, choose_device
-from ..trainers.metrics import Meter
-from ..trainers.step import Stepper
 from .common import compare
+from .process import run_measured
 
-CLASSES = tuple(f"class {number}" for number in range(101))
+REFERENCE, GENKD = "original schedule, distilled", "genkd, distilled"
+# Contenders besides the original's schedule: phase and overrides.
+OURS: dict[str, tuple[str, list[str]]] = {
+    GENKD: ("distill", []),
+    "genkd, distilled, stages by epoch": ("distill", ["alternate=epoch"]),
+    "genkd, distilled, teacher's outputs cached": ("distill", ["data.fixed_views=1"]),
+    "genkd, student alone": ("distill", ["method=none"]),
+    "genkd, representation": ("representation", []),
+    "genkd, teacher": ("teacher", []),
+}
 
 
-def run(data: Path | None, repeats: int) -> dict[str, Any]:
-    """Measures the `small` preset on a CPU and the `ucf101` preset on a GPU; `data` is not used."""
-    device = choose_device("auto")
-    preset, steps = ("ucf101", 10) if device.type == "cuda" else ("small", 2)
-    place = Ranks(0, 1, device)
+def run(data: Path | None, repeats: int, *, preset: str | None = None, batches: int | None = None) -> dict[str, Any]:
+    """Measures the `small` preset (16 x 112) on a CPU, `ucf101-modern` (64 x 224) on a GPU.
+
+    data: a shard data set; None for synthetic videos. batches: timed ones of each measurement.
+    """
+    on_gpu = torch.cuda.is_available()
+    preset = preset or ("ucf101-modern" if on_gpu else "small")
+    batches = batches or (20 if on_gpu else 4)
     with tempfile.TemporaryDirectory(prefix="genkd-bench-") as folder:
-        teacher = phases.build(load(preset, "representation"), CLASSES)
-        save_weights(Path(folder), teacher.card, teacher.modules)
-        kinds = {
-            "teacher": load(preset, "teacher"),
-            "representation": load(preset, "representation"),
-            "student alone": load(preset, "distill", ["method=none"]),
-            "student, distilled": load(preset, "distill", [f"teacher={folder}"]),
+        root = Path(folder)
+        config = load(preset, "distill", ["method=none"])
+        place = data or _synthetic(root, config.batch_size * (batches + 1), config.data.size)
+        teacher = phases.build(load(preset, "representation"), tuple(Dataset.open(place).classes))
+        save_weights(root / "teacher", teacher.card, teacher.modules)
+        about = {
+            "preset": preset, "clip_length": config.data.clip_length, "size": config.data.size,
+            "width": config.model.width, "batch_size": config.batch_size, "batches": batches,
+            "device": "cuda" if on_gpu else "cpu", "data": str(data) if data else "synthetic",
+        }  # fmt: skip
+        contenders: dict[str, Callable[[], tuple[float, dict]]] = {
+            name: partial(_measure, root, place, preset, batches, name) for name in (REFERENCE, *OURS)
         }
-        contenders = {name: _Steps(config, place, steps) for name, config in kinds.items()}
-    config = kinds["teacher"]
-    about = {
-        "preset": preset, "clip_length": config.data.clip_length, "size": config.data.size, "width": config.model.width,
-        "batch_size": config.batch_size, "device": device.type,
-    }  # fmt: skip
-    return compare("train", "clips/s", contenders, repeats, about)
+        return compare("train", "clips/s", contenders, repeats, about)
 
 
-class _Steps:
-    """A phase and a batch on the device; a call takes a few training steps."""
+def _synthetic(root: Path, count: int, size: int) -> Path:
+    """Enough videos for an epoch, a little larger than the clips."""
+    side = (size * 8 // 7 + 15) // 16 * 16
+    each = max(-(-count * 2 // 10), 8)  # ten classes, half of them in the training split
+    settings = SynthSettings(videos_per_class=each, width=side * 4 // 3 // 2 * 2, height=side, test_share=0.25)
+    synthesize(root / "videos", settings, workers=len(os.sched_getaffinity(0)))
+    convert(sources.ucf101(root / "videos"), root / "data", VideoSettings("h264", short_side=side), workers=2)
+    return root / "data"
 
-    def __init__(self, config: TrainConfig, place: Ranks, steps: int):
-        self.phase = phases.build(config, CLASSES)
-        self.phase.place(place)
-        self.phase.train()
-        self.stepper = Stepper(config, self.phase, place, steps)
-        self.meter, self.steps, self.device = Meter(place), steps, place.device
-        n, data = config.batch_size, config.data
-        clips = torch.randn(n, 3, data.clip_length, data.size, data.size, device=place.device)
-        clips = clips.to(memory_format=torch.channels_last_3d)
-        labels = torch.randint(len(CLASSES), (n,), device=place.device)
-        self.batch = Batch(clips, labels, torch.arange(n), n, n)
-        self.stepper.take(self.batch, 0, 0, self.meter)
 
-    def __call__(self) -> tuple[float, dict]:
-        on_gpu = self.device.type == "cuda"
-        if on_gpu:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        started = time.perf_counter()
-        for step in range(self.steps):
-            self.stepper.take(self.batch, 0, step, self.meter)
-        self.meter.take()  # waits for the device
-        rate = self.steps * self.batch.count / (time.perf_counter() - started)
-        return rate, {"peak_GB": round(torch.cuda.max_memory_allocated() / 1e9, 2)} if on_gpu else {}
+def _measure(root: Path, data: Path, preset: str, batches: int, name: str) -> tuple[float, dict]:
+    job = {"name": name, "preset": preset, "data": str(data), "teacher": str(root / "teacher"), "batches": batches,
+           "cache": str(root / "cache")}  # fmt: skip
+    (root / "job.json").write_text(json.dumps(job), encoding="utf-8")
+    command = [sys.executable, "-m", "genkd.benchmarks.train_contender", str(root / "job.json"), str(root / "out.json")]
+    usage = run_measured(command, os.environ, root / "log.txt")
+    found = json.loads((root / "out.json").read_text(encoding="utf-8"))
+    rate = found.pop("clips_per_s")
+    return rate, {**found, "peak_mb": usage.peak_mb}

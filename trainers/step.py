@@ -61,11 +61,13 @@ class Stepper:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.zero_grad(set_to_none=True)
-            self.scaler.scale(stage.terms["total"] * weight).backward()
-            if config.grad_clip:
-                self.scaler.unscale_(optimizer)
-                torch.nn.utils.clip_grad_norm_(self.phase.modules[stage.module].parameters(), config.grad_clip)
-            self.scaler.step(optimizer)
+            with self.phase.part("cvae" if stage.module == "cvae" else "student"):
+                self.scaler.scale(stage.terms["total"] * weight).backward()
+            with self.phase.part("optimizer"):
+                if config.grad_clip:
+                    self.scaler.unscale_(optimizer)
+                    torch.nn.utils.clip_grad_norm_(self.phase.modules[stage.module].parameters(), config.grad_clip)
+                self.scaler.step(optimizer)
             meter.update(stage.module, stage.terms, batch.count, step)
         self.scaler.update()
         if self.averages is not None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -49,11 +50,13 @@ class Turn(NamedTuple):
 class Phase:
     """Builds the modules of a phase. `modules` are trained, `frozen` only run; both are keyed by name.
 
-    Subclasses implement stages(). The card describes the recognizer that comes out.
+    Subclasses implement stages(). The card describes the recognizer that comes out. part(name) surrounds "student"
+    (the network that is trained), "teacher", "cvae" and "losses", for who wants to time them.
     """
 
     uses_attention = True
     uses_cvae = False
+    part: Callable[[str], contextlib.AbstractContextManager] = staticmethod(contextlib.nullcontext)
 
     def __init__(self, config: TrainConfig, classes: tuple[str, ...], modality: str = "rgb"):
         self.config = config

@@ -24,7 +24,11 @@ class Distillation(Representation):
     def teacher_reconstruction(self, features: Tensor, attention: Tensor, noise: Tensor) -> Tensor | None:
         if not self.method.follows_vae or self.teacher is None:
             return None
-        return self.teacher.reconstruct(features, attention, noise)
+        with self.part("teacher"):
+            return self.teacher.reconstruct(features, attention, noise)
 
     def teacher_attention(self, batch: Batch, turn: Turn) -> Tensor | None:
-        return None if self.teacher is None else self.teacher.outputs(batch, turn.draw).get("attention")
+        if self.teacher is None:
+            return None
+        with self.part("teacher"):
+            return self.teacher.outputs(batch, turn.draw).get("attention")

@@ -38,11 +38,12 @@ class Representation(Phase):
 
     def stages(self, batch: Batch, turn: Turn) -> Iterator[Stage]:
         if turn.only == "cvae":
-            with torch.no_grad():  # batch norm's statistics move, as in the original
+            with torch.no_grad(), self.part("student"):  # batch norm's statistics move, as in the original
                 output = self.recognizer(batch.clips)
             yield self._stage_a(output, turn)
             return
-        output = self.nets["recognizer"](batch.clips)
+        with self.part("student"):
+            output = self.nets["recognizer"](batch.clips)
         if turn.only is None:
             yield self._stage_a(output, turn)
         yield self._stage_b(output, batch, turn)  # with the VAE as stage A has just left it
@@ -51,21 +52,25 @@ class Representation(Phase):
         assert output.attention is not None and turn.noise is not None
         features, attention = output.features[ENDPOINT].detach(), output.attention.detach()
         taught = self.teacher_reconstruction(features, attention, turn.noise.teacher)
-        model = self.nets["cvae"](features, attention, turn.noise.encoder)
-        terms = losses.generative(
-            self.config.loss, features, attention, model.reconstruction, model.mean, model.logvar, taught
-        )
+        with self.part("cvae"):
+            model = self.nets["cvae"](features, attention, turn.noise.encoder)
+        with self.part("losses"):
+            terms = losses.generative(
+                self.config.loss, features, attention, model.reconstruction, model.mean, model.logvar, taught
+            )
         return Stage("cvae", terms)
 
     def _stage_b(self, output: RecognizerOutput, batch: Batch, turn: Turn) -> Stage:
         assert output.attention is not None and turn.noise is not None
         config = self.config.loss
-        class_loss = losses.classification(
-            output.logits, batch.labels, label_smoothing=config.label_smoothing, compat=self.config.compat
-        )
-        reconstruction = self.cvae.decode_frozen(output.attention, turn.noise.prior)
-        terms = losses.distillation(
-            config, class_loss, turn.epoch, output.features[ENDPOINT], reconstruction, output.attention,
-            self.teacher_attention(batch, turn),
-        )  # fmt: skip
+        with self.part("cvae"):
+            reconstruction = self.cvae.decode_frozen(output.attention, turn.noise.prior)
+        taught = self.teacher_attention(batch, turn)
+        with self.part("losses"):
+            class_loss = losses.classification(
+                output.logits, batch.labels, label_smoothing=config.label_smoothing, compat=self.config.compat
+            )
+            terms = losses.distillation(
+                config, class_loss, turn.epoch, output.features[ENDPOINT], reconstruction, output.attention, taught
+            )
         return Stage("recognizer", terms)

@@ -25,13 +25,17 @@ class Student(Phase):
 
     def stages(self, batch: Batch, turn: Turn) -> Iterator[Stage]:
         config = self.config.loss
-        output = self.nets["recognizer"](batch.clips)
+        with self.part("student"):
+            output = self.nets["recognizer"](batch.clips)
         class_loss = losses.classification(
             output.logits, batch.labels, label_smoothing=config.label_smoothing, compat=self.config.compat
         )
         terms = {"total": class_loss, "class": class_loss}
         if self.method.loss is not None and self.teacher is not None:
             own = {"logits": output.logits, "features": output.features[ENDPOINT]}
-            followed = self.method.loss(config, own, self.teacher.outputs(batch, turn.draw))
+            with self.part("teacher"):
+                taught = self.teacher.outputs(batch, turn.draw)
+            with self.part("losses"):
+                followed = self.method.loss(config, own, taught)
             terms = {"total": class_loss + followed, "class": class_loss, "follow": followed}
         yield Stage("recognizer", terms)

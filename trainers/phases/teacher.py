@@ -15,7 +15,8 @@ class Teacher(Phase):
     uses_attention = False
 
     def stages(self, batch: Batch, turn: Turn) -> Iterator[Stage]:
-        output = self.nets["recognizer"](batch.clips)
+        with self.part("student"):
+            output = self.nets["recognizer"](batch.clips)
         loss = losses.classification(
             output.logits, batch.labels, label_smoothing=self.config.loss.label_smoothing, compat=self.config.compat
         )
