@@ -54,7 +54,7 @@ def test_stored_weights_are_measured_and_scores_written(run, data, tmp_path):
     assert values["videos"] == 40 and values["clips"] == 2 and values["decoder"] == "pyav"
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == json.loads(json.dumps(values))
     table = pq.read_table(tmp_path / "out" / "scores.parquet")
-    assert table.column_names == ["key", "label", "prediction", "scores"]
+    assert table.column_names == ["key", "label", "prediction", "scores", "logits"]
     scores = np.array(table["scores"].to_pylist())
     assert scores.shape == (40, 10)
     np.testing.assert_allclose(scores.sum(1), 1, atol=1e-6)
