@@ -92,7 +92,8 @@ def recognition_tables(values: dict[str, Any]) -> list[Table]:
 def split_tables(values: dict[str, Any]) -> list[Table]:
     """A row a split, their mean and standard deviation."""
     splits = values["splits"]
-    head = f"{len(splits)} evaluations, {splits[0]['clips']} clips x {splits[0]['crops']} crops"
+    first = splits[0]
+    head = f"{first['split']}: {len(splits)} evaluations, {first['clips']} clips x {first['crops']} crops"
     table = _table(head, "", "weights", "videos", *_METRICS.values())
     for number, entry in enumerate(splits, 1):
         table.add_row(str(number), entry["weights"], f"{entry['videos']:,}", *_metrics(entry))
@@ -103,34 +104,29 @@ def split_tables(values: dict[str, Any]) -> list[Table]:
 
 
 def fusion_tables(values: dict[str, Any]) -> list[Table]:
-    """A row a stream and one for the fusion, with their spread where there are several splits; the search, if any."""
+    """A row a stream and one for the fusion, what it gains, and the search, if any; means where there are splits."""
     several = "splits" in values
     what = f"mean ± std of {len(values['splits'])} splits" if several else f"{values['videos']:,} videos"
-    gain = values["difference"]
-    if several:
-        title = f"{100 * gain['mean']:+.2f} ± {100 * gain['std']:.2f} points top-1"
-    else:
-        error = values["standard_error"]
-        title = f"{100 * gain:+.2f} points top-1" + (
-            "" if error is None else f", paired standard error {100 * error:.2f}"
-        )
-    table = _table(f"fusion by {values['rule']}, {what}", "stream", "weight", *_METRICS.values())
+    table = _table(f"fusion by {values['rule']}: {what}", "stream", "weight", *_METRICS.values())
     for stream in values["streams"]:
         shown = _spread(stream["mean"], stream["std"]) if several else _metrics(stream)
         table.add_row(stream["name"], f"{stream['weight']:g}", *shown)
     table.add_section()
     table.add_row("fusion", "", *(_spread(values["mean"], values["std"]) if several else _metrics(values)))
-    table.caption = f"fusion against {values['best_single']} alone: {title}"
-    table.caption_justify = "left"
-    tables = [table]
-    if "search" in values:
-        found = values["search"]
-        search = _table("top-1 by the second stream's weight", "weight", "top-1")
-        for weight, top1 in zip(found["weights"], found["top1"], strict=True):
-            search.add_row(f"{weight:g}", f"{100 * top1:.2f} %" + (" *" if weight == found["best_weight"] else "  "))
-        search.caption, search.caption_justify = f"* {found['note']}", "left"
-        tables.append(search)
-    return tables
+    gain, error = (
+        (values["difference"]["mean"], values["difference"]["std"])
+        if several
+        else (values["difference"], values["standard_error"])
+    )
+    gains = _table("gain in top-1", "over", "points", "std" if several else "paired standard error")
+    gains.add_row(values["best_single"], f"{100 * gain:+.2f}", "-" if error is None else f"{100 * error:.2f}")
+    if "search" not in values:
+        return [table, gains]
+    found = values["search"]
+    search = _table("search", f"weight of {values['streams'][1]['name']}", "top-1", "notes")
+    for weight, top1 in zip(found["weights"], found["top1"], strict=True):
+        search.add_row(f"{weight:g}", f"{100 * top1:.2f} %", found["note"] if weight == found["best_weight"] else "")
+    return [table, gains, search]
 
 
 def benchmark_tables(result: dict[str, Any]) -> list[Table]:

@@ -172,7 +172,7 @@ def _search(splits: Sequence[_Split]) -> dict[str, Any]:
     best = int(np.argmax(top1))
     return {
         "weights": list(SEARCHED), "top1": top1, "best_weight": SEARCHED[best], "best_top1": top1[best],
-        "note": "tuned on the evaluated videos, so too high; choose a weight on other videos",
+        "note": "best, but tuned on these very videos, so too high",
     }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from ..configs.schema import DataConfig
@@ -181,8 +182,16 @@ class Task:
 
 
 def data_config(card: ModelCard) -> DataConfig:
-    """How clips are made for stored weights; the decoder is this machine's choice."""
-    return DataConfig.model_validate_json(json.dumps({**card.data, "decoder": "auto"}), strict=False)
+    """How clips are made for stored weights; the decoder is this machine's choice. Raises UserError for settings that
+    this version does not know."""
+    try:
+        return DataConfig.model_validate_json(json.dumps({**card.data, "decoder": "auto"}), strict=False)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, ("data", *first["loc"])))
+        raise UserError(
+            f"the weights' own settings do not fit this version of genkd: {where}: {first['msg']}"
+        ) from None
 
 
 def sha256_of(path: Path) -> str:

@@ -101,6 +101,8 @@ def _read(name: str, path: Path) -> _Run:
     config, card = read_run(path), read_card(path)
     results = path / "evaluation" / "results.json"
     evaluation = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else None
+    if evaluation and "splits" in evaluation:
+        raise UserError(f"{results} is of several runs' splits; evaluate this run alone into {results.parent}")
     lines = metrics.read(path)
     if not lines:
         raise UserError(f"{path} has no metrics.jsonl; is it a finished run?")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def read_scores(path: Path) -> ScoreFile:
     except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
         raise UserError(f"{path} contradicts itself ({error}); evaluate again with --out") from None
     if len(set(keys)) < len(keys):
-        twice = next(key for key in keys if keys.count(key) > 1)
+        twice = Counter(keys).most_common(1)[0][0]
         raise UserError(f"{path} has the video {twice} twice; evaluate again with --out")
     return ScoreFile(path, keys, labels, scores, logits, about)
 

@@ -92,7 +92,7 @@ def _kept(folder: Path, task: Task) -> dict[str, Any] | None:
         other.append("batch size")
     if task.place.is_main:
         if other:
-            log.info("%s holds results of another %s and is made again", folder, " and ".join(other))
+            log.info("%s: %s changed, so it is evaluated again", folder, " and ".join(other))
         else:
             log.info("%s is finished and kept", folder)
     return None if other else values
