@@ -103,7 +103,7 @@ class _Split:
         self.arrays = [file.scores if rule == "scores" else _logits(file) for file in self.files]
         if rule == "reference":
             _refuse_steps(self.files)
-            views = {_common([file.about], name) for file in self.files for name in ("clips", "crops")} - {1}
+            views = {file.about.get(name) for file in self.files for name in ("clips", "crops")} - {1}
             if views:
                 log.info("%s: the rule 'reference' is exact for one view a video; these scores are means over several",
                          paths[0].parent)  # fmt: skip
