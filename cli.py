@@ -11,10 +11,8 @@ from typing import Any
 
 import click
 
-from . import __version__
-from .cli_data import COMMANDS
+from . import __version__, cli_data, cli_evaluate, cli_predict
 from .cli_options import FOLDER, examples
-from .cli_predict import COMMANDS as PREDICT_COMMANDS
 from .errors import Stopped, UserError, explain_os_error
 from .files import write_json
 
@@ -31,7 +29,7 @@ class _Group(click.Group):
             click.echo(f"{stopped}; run the same command to continue", err=True)
             sys.exit(stopped.exit_code)
         except KeyboardInterrupt:
-            click.echo("interrupted; what is finished is kept, run the same command to continue", err=True)
+            click.echo("interrupted; the same command goes on with what is not finished", err=True)
             sys.exit(130)
         except BrokenPipeError:
             raise
@@ -52,7 +50,7 @@ def main() -> None:
     logging.getLogger("genkd").setLevel(logging.INFO)
 
 
-for _command in (*COMMANDS, *PREDICT_COMMANDS):
+for _command in (*cli_data.COMMANDS, *cli_evaluate.COMMANDS, *cli_predict.COMMANDS):
     main.add_command(_command)
 
 
@@ -80,40 +78,6 @@ def train(phase: str, source: str, out: Path, overrides: tuple[str, ...]) -> Non
     result = run(config, out, say=click.echo)
     if int(os.environ.get("RANK", "0")) == 0:
         click.echo(f"finished; weights are in {result['weights']}")
-
-
-@main.group()
-def evaluate() -> None:
-    """Measure trained weights on a data set."""
-
-
-@evaluate.command()
-@click.argument("weights", type=FOLDER)
-@click.option("--data", "dataset", required=True, type=FOLDER, help="Shard data set.")
-@click.option("--split", default="test", show_default=True)
-@click.option("--clips", default=10, show_default=True, type=click.IntRange(1), help="Uniform clips a video.")
-@click.option("--crops", default="1", show_default=True, type=click.Choice(["1", "3"]), help="Crops a clip.")
-@click.option("--batch-size", default=16, show_default=True, type=click.IntRange(1), help="Clips over all ranks.")
-@click.option("--precision", default="auto", show_default=True, type=click.Choice(["auto", "fp32", "bf16", "fp16"]))
-@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
-@click.option("--out", type=FOLDER, help="Write results.json and scores.parquet into this folder.")
-@click.option("--json", "as_json", is_flag=True, help="Print the metrics as JSON.")
-@examples(
-    "genkd evaluate recognition runs/student --data data/ucf101 --clips 10 --crops 3\n"
-    "genkd evaluate recognition runs/student --data data/ucf101 --json | jq .top1"
-)
-def recognition(weights: Path, dataset: Path, out: Path | None, as_json: bool, crops: str, **options: Any) -> None:
-    """Top-1, top-5 and mean class accuracy of WEIGHTS (a run folder or a weights file)."""
-    from .evaluation.recognition import evaluate_weights
-    from .progress import bar
-    from .tables import recognition_tables, show
-
-    with bar("scoring", "clips") as progress:
-        values = evaluate_weights(
-            weights, dataset, out, crops=int(crops), on_start=progress.start, on_batch=progress.add, **options
-        )
-    if int(os.environ.get("RANK", "0")) == 0:
-        click.echo(json.dumps(values, indent=2)) if as_json else show(recognition_tables(values))
 
 
 @main.command()

@@ -78,11 +78,8 @@ def estimate_tables(found: dict[str, Any]) -> list[Table]:
 def recognition_tables(values: dict[str, Any]) -> list[Table]:
     """Accuracies, and the confusion matrix where it is small enough to read."""
     head = f"{values['split']}: {values['videos']} videos, {values['clips']} clips x {values['crops']} crops"
-    metrics = _table(head, "top-1", "top-5", "mean class", "loss", "clips/s")
-    metrics.add_row(
-        *(f"{100 * values[key]:.2f} %" for key in ("top1", "top5", "mean_class_accuracy")),
-        f"{values['loss']:.4f}", f"{values['clips_per_s']:.1f}",
-    )  # fmt: skip
+    metrics = _table(head, *_METRICS.values(), "clips/s")
+    metrics.add_row(*_metrics(values), f"{values['clips_per_s']:.1f}")
     if len(values["classes"]) > 20:
         return [metrics]
     confusion = _table("confusion: rows are true classes", "", *values["classes"], "top-1")
@@ -90,6 +87,46 @@ def recognition_tables(values: dict[str, Any]) -> list[Table]:
         share = values["per_class"][name]["top1"]
         confusion.add_row(name, *(str(count or "·") for count in row), "-" if share is None else f"{100 * share:.0f} %")
     return [metrics, confusion]
+
+
+def split_tables(values: dict[str, Any]) -> list[Table]:
+    """A row a split, their mean and standard deviation."""
+    splits = values["splits"]
+    first = splits[0]
+    head = f"{first['split']}: {len(splits)} evaluations, {first['clips']} clips x {first['crops']} crops"
+    table = _table(head, "", "weights", "videos", *_METRICS.values())
+    for number, entry in enumerate(splits, 1):
+        table.add_row(str(number), entry["weights"], f"{entry['videos']:,}", *_metrics(entry))
+    table.add_section()
+    table.add_row("mean", "", "", *_metrics(values["mean"]))
+    table.add_row("std", "", "", *_metrics(values["std"]))
+    return [table]
+
+
+def fusion_tables(values: dict[str, Any]) -> list[Table]:
+    """A row a stream and one for the fusion, what it gains, and the search, if any; means where there are splits."""
+    several = "splits" in values
+    what = f"mean ± std of {len(values['splits'])} splits" if several else f"{values['videos']:,} videos"
+    table = _table(f"fusion by {values['rule']}: {what}", "stream", "weight", *_METRICS.values())
+    for stream in values["streams"]:
+        shown = _spread(stream["mean"], stream["std"]) if several else _metrics(stream)
+        table.add_row(stream["name"], f"{stream['weight']:g}", *shown)
+    table.add_section()
+    table.add_row("fusion", "", *(_spread(values["mean"], values["std"]) if several else _metrics(values)))
+    gain, error = (
+        (values["difference"]["mean"], values["difference"]["std"])
+        if several
+        else (values["difference"], values["standard_error"])
+    )
+    gains = _table("gain in top-1", "over", "points", "std" if several else "paired standard error")
+    gains.add_row(values["best_single"], f"{100 * gain:+.2f}", "-" if error is None else f"{100 * error:.2f}")
+    if "search" not in values:
+        return [table, gains]
+    found = values["search"]
+    search = _table("search", f"weight of {values['streams'][1]['name']}", "top-1", "notes")
+    for weight, top1 in zip(found["weights"], found["top1"], strict=True):
+        search.add_row(f"{weight:g}", f"{100 * top1:.2f} %", found["note"] if weight == found["best_weight"] else "")
+    return [table, gains, search]
 
 
 def benchmark_tables(result: dict[str, Any]) -> list[Table]:
@@ -135,9 +172,24 @@ def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left")
     for number, column in enumerate(columns):
         table.add_column(
-            column, justify="left" if number == 0 or column in ("class", "what", "found", "notes") else "right"
+            column,
+            justify="left" if number == 0 or column in ("class", "what", "found", "notes", "weights") else "right",
         )
     return table
+
+
+_METRICS = {"top1": "top-1", "top5": "top-5", "mean_class_accuracy": "mean class", "ece": "ECE", "loss": "NLL"}
+
+
+def _metrics(values: dict[str, Any]) -> list[str]:
+    return [f"{values[key]:.4f}" if key == "loss" else f"{100 * values[key]:.2f} %" for key in _METRICS]
+
+
+def _spread(mean: dict[str, float], std: dict[str, float]) -> list[str]:
+    return [
+        f"{mean[key]:.4f} ± {std[key]:.4f}" if key == "loss" else f"{100 * mean[key]:.2f} ± {100 * std[key]:.2f} %"
+        for key in _METRICS
+    ]
 
 
 def _duration(seconds: float) -> str:

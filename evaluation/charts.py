@@ -12,6 +12,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 COLOURS = ("#3b6fb6", "#7a5aa6", "#d9822b", "#2a9d6f", "#b5485d", "#5c6b73")
 _STYLE: dict[str, Any] = {"color": "#46505a", "fontsize": 9}
@@ -77,6 +78,29 @@ def confusion(matrix: np.ndarray, classes: list[str]) -> str:
     axes.set_ylabel("true", **_STYLE)
     axes.tick_params(length=0, labelsize=8, labelcolor="#46505a")
     axes.spines[:].set_visible(False)
+    return _svg(figure)
+
+
+def reliability(bins: list[dict[str, Any]]) -> str:
+    """Accuracy against confidence: a bar a bin, with a mark at its mean confidence; below, how the videos spread."""
+    figure = Figure(figsize=(5.4, 4.2), layout="constrained")
+    axes, below = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+    filled = [entry for entry in bins if entry["videos"]]
+    middles = [(entry["low"] + entry["high"]) / 2 for entry in filled]
+    width = 0.92 * (bins[0]["high"] - bins[0]["low"])
+    axes.plot([0, 1], [0, 1], color="#9aa4ad", linestyle="--", linewidth=1, label="calibrated", zorder=3)
+    axes.bar(middles, [entry["accuracy"] for entry in filled], width=width, color=COLOURS[0], label="accuracy")
+    axes.scatter(
+        middles, [entry["confidence"] for entry in filled], color=COLOURS[2], s=18, zorder=4, label="mean confidence"
+    )
+    below.bar(middles, [entry["videos"] for entry in filled], width=width, color="#c3ccd3")
+    _finish(axes, "", "share")
+    _finish(below, "confidence", "videos")
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    below.yaxis.set_major_locator(MaxNLocator(2, integer=True))
+    for axis in (axes.yaxis, below.xaxis):
+        axis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+    figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=3, labelcolor="#46505a")
     return _svg(figure)
 
 

@@ -1,47 +1,53 @@
-"""Scores videos from several views, and the metrics of recognition."""
+"""Scores videos from several views."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from ..configs.schema import DataConfig
 from ..errors import UserError
 from ..files import write_json
-from ..models.checkpoints import ModelCard, load_recognizer
+from ..models.checkpoints import ModelCard, find_weights, load_recognizer, read_card
+from ..models.i3d import feature_shape
 from ..pipelines.loader import Loader
+from ..pipelines.streams import is_flow
 from ..preprocessing.shards import Dataset
 from ..trainers import distributed
 from ..trainers.distributed import Ranks
+from .metrics import RecognitionResult, score, to_json
+from .scores import RESULTS_FILE, SCORES_FILE, refuse_other_layout, write_scores
+
+_NAMES = {"rgb": "RGB", "flow": "optical flow"}
 
 
 @dataclass(frozen=True)
-class RecognitionResult:
-    """Scores (V,K) and labels (V,) of V videos with their index rows, and what follows from them. Shares are 0..1."""
+class Settings:
+    """How videos are scored: the mean of clips x crops views each, batch_size of them at a time over all ranks."""
 
-    rows: np.ndarray
-    scores: np.ndarray
-    labels: np.ndarray
-    top1: float
-    top5: float
-    mean_class: float
-    loss: float
-    confusion: np.ndarray
+    split: str = "test"
+    clips: int = 10
+    crops: int = 1
+    batch_size: int = 16
+    precision: str = "auto"
 
-    def per_class(self) -> np.ndarray:
-        """Top-1 accuracy of each class (K,); nan for a class without a video."""
-        with np.errstate(invalid="ignore"):
-            return self.confusion.diagonal() / self.confusion.sum(1)
+
+class Progress(Protocol):
+    """What is told of the clips that there are, and then of those that are done."""
+
+    def start(self, total: int) -> None: ...
+
+    def add(self, items: int) -> None: ...
 
 
 def evaluate(
@@ -50,51 +56,44 @@ def evaluate(
     place: Ranks,
     dtype: torch.dtype = torch.float32,
     on_batch: Callable[[int], None] = lambda clips: None,
+    *,
+    keep_logits: bool = False,
 ) -> RecognitionResult:
     """Runs every view of every video of an evaluation loader, averages the scores of a video's views.
 
-    Each video counts once whatever the number of ranks; the result is the same on all of them.
+    Each video counts once whatever the number of ranks; the result is the same on all of them. keep_logits: average
+    the logits (V,T',K) too. Raises UserError for scores that are not finite.
     """
     number_of = {int(row): number for number, row in enumerate(loader.rows)}
     sums = torch.zeros(len(loader.rows), len(loader.dataset.classes), dtype=torch.float64, device=place.device)
+    logits = None
     training = model.training
     model.eval()
     with torch.inference_mode():
         for batch in loader:
             with torch.autocast(place.device.type, dtype, enabled=dtype != torch.float32):
                 clips = batch.clips.float() if dtype == torch.float32 else batch.clips
-                scores = model(clips).scores[: batch.count].double()
-            where = torch.tensor([number_of[int(row)] for row in batch.ids[: batch.count]], device=place.device)
-            sums.index_add_(0, where.long(), scores)
+                output = model(clips)
+            where = torch.tensor([number_of[int(row)] for row in batch.ids[: batch.count]], device=place.device).long()
+            sums.index_add_(0, where, output.scores[: batch.count].double())
+            if keep_logits:
+                own = output.logits[: batch.count].float().transpose(1, 2)
+                if logits is None:
+                    logits = torch.zeros(len(sums), *own.shape[1:], device=place.device)
+                logits.index_add_(0, where, own)
             on_batch(batch.count)
     model.train(training)
-    sums = place.sum(sums)
-    return score(
-        loader.rows, (sums / (loader.views[0] * loader.views[1])).cpu().numpy(), loader.dataset.labels[loader.rows]
-    )
-
-
-def score(rows: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> RecognitionResult:
-    """Metrics of scores (V,K) against labels (V,). Ties count against the video: a rank is the worst it could be."""
-    own = scores[np.arange(len(labels)), labels]
-    rank = (scores >= own[:, None]).sum(1)  # 1 is best
-    classes = scores.shape[1]
-    confusion = np.zeros((classes, classes), np.int64)
-    np.add.at(confusion, (labels, scores.argmax(1)), 1)
-    counts = np.bincount(labels, minlength=classes)
-    hits = np.bincount(labels[rank == 1], minlength=classes)
-    normalized = np.clip(own / scores.sum(1), 1e-12, None)
-    return RecognitionResult(
-        rows, scores, labels,
-        top1=float((rank == 1).mean()), top5=float((rank <= min(5, classes)).mean()),
-        mean_class=float((hits[counts > 0] / counts[counts > 0]).mean()),
-        loss=float(-np.log(normalized).mean()), confusion=confusion,
-    )  # fmt: skip
+    views = loader.views[0] * loader.views[1]
+    data, rows = loader.dataset, loader.rows
+    result = score(rows, (place.sum(sums) / views).cpu().numpy(), data.labels[rows], data.table["key"].take(rows))
+    if logits is None:
+        return result
+    return replace(result, logits=(place.sum(logits) / views).cpu().numpy())
 
 
 def evaluate_weights(
     weights: Path,
-    dataset: Path,
+    dataset: str | Path,
     out: Path | None = None,
     *,
     split: str = "test",
@@ -103,73 +102,139 @@ def evaluate_weights(
     batch_size: int = 16,
     precision: str = "auto",
     device: str = "auto",
-    on_start: Callable[[int], None] = lambda clips: None,
-    on_batch: Callable[[int], None] = lambda clips: None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Metrics of stored weights on a split, as JSON values; with `out` also results.json and scores.parquet there.
 
     Clips are made as in the run that the weights come from; each video is scored as the mean of clips x crops views.
-    Raises UserError for a data set with other classes or an unknown split.
+    Raises UserError, before the first clip, for a data set of other classes or another modality, an unknown split,
+    videos without one of the classes.
     """
-    model, card = load_recognizer(weights)
-    data = Dataset.open(dataset)
-    if tuple(data.classes) != card.classes:
-        raise UserError(
-            f"{weights} knows {len(card.classes)} classes, {dataset} has {len(data.classes)} others; use its own data"
-        )
-    config = data_config(card)
-    with distributed.ranks(device) as place:
-        model.to(place.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-        dtype = distributed.precision(precision, place.device)
-        with Loader(
-            data, split, config, batch_size=batch_size, training=False, rank=place.rank, world_size=place.world_size,
-            device=place.device, views=(clips, crops),
-        ) as loader:  # fmt: skip
-            on_start(loader.count)
-            started = time.perf_counter()
-            result = evaluate(model, loader, place, dtype, on_batch)
-            elapsed = time.perf_counter() - started
-            about = {
-                "weights": str(weights), "dataset": str(dataset), "split": split, "clips": clips, "crops": crops,
-                "decoder": loader.decoder, "precision": str(dtype).removeprefix("torch."), "device": place.device.type,
-                "clips_per_s": round(loader.count / elapsed, 2),
-                "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            }  # fmt: skip
-        values = to_json(result, card, about)
-        if out is not None and place.is_main:
-            out.mkdir(parents=True, exist_ok=True)
-            write_scores(out / "scores.parquet", result, data)
-            write_json(out / "results.json", values)
-    return values
+    if out is not None:
+        refuse_other_layout(out, 1)
+    settings = Settings(split, clips, crops, batch_size, precision)
+    with distributed.ranks(device) as place, contextlib.closing(Task(weights, dataset, settings, place)) as task:
+        return task.run(out, progress)
+
+
+class Task:
+    """Weights, a data set and how to score it, found to fit each other. Close it.
+
+    Raises UserError for what does not fit.
+    """
+
+    def __init__(self, weights: Path, dataset: str | Path, settings: Settings, place: Ranks):
+        self.weights, self.settings, self.place = weights, settings, place
+        self.card = read_card(weights)
+        self.data = Dataset.open(dataset)
+        config = data_config(self.card)
+        _refuse_unsuitable(weights, self.card, config, self.data, settings.split)
+        self.dtype = distributed.precision(settings.precision, place.device)
+        self.loader = Loader(
+            self.data, settings.split, config, batch_size=settings.batch_size, training=False, rank=place.rank,
+            world_size=place.world_size, device=place.device, views=(settings.clips, settings.crops),
+        )  # fmt: skip
+        self.about = {
+            "weights": str(weights), "weights_sha256": sha256_of(find_weights(weights)), "dataset": str(dataset),
+            "index_digest": self.data.info["index_digest"], "modality": self.card.modality, "split": settings.split,
+            "clips": settings.clips, "crops": settings.crops, "batch_size": settings.batch_size,
+            "compat": self.card.compat, "decoder": self.loader.decoder,
+            "precision": str(self.dtype).removeprefix("torch."), "device": place.device.type,
+        }  # fmt: skip
+
+    def run(self, out: Path | None = None, progress: Progress | None = None) -> dict[str, Any]:
+        """The metrics as JSON values. Writes scores.parquet and, when that is whole, results.json into `out`."""
+        model, _ = load_recognizer(self.weights)
+        model.to(self.place.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        if progress:
+            progress.start(self.loader.count)
+        started = time.perf_counter()
+        result = evaluate(
+            model, self.loader, self.place, self.dtype, progress.add if progress else lambda clips: None,
+            keep_logits=out is not None,
+        )  # fmt: skip
+        elapsed = time.perf_counter() - started
+        about = {
+            **self.about,
+            "clips_per_s": round(self.loader.count / elapsed, 2),
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        }
+        values = to_json(result, self.card.classes, about)
+        if out is not None:
+            self.place.on_main(lambda: self._write(out, result, values))
+        return values
+
+    def close(self) -> None:
+        """Ends the loader's threads."""
+        self.loader.close()
+
+    def _write(self, out: Path, result: RecognitionResult, values: dict[str, Any]) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        # results.json says that the scores beside it are its own.
+        (out / RESULTS_FILE).unlink(missing_ok=True)
+        kept = ("modality", "split", "clips", "crops", "weights", "weights_sha256", "dataset", "index_digest", "compat")
+        about = {
+            "classes": list(self.card.classes), **{name: self.about[name] for name in kept},
+            "model": self.card.model.model_dump(mode="json"),
+        }  # fmt: skip
+        write_scores(out / SCORES_FILE, result, self.data.table["key"].take(result.rows), about)
+        write_json(out / RESULTS_FILE, values)
 
 
 def data_config(card: ModelCard) -> DataConfig:
-    """How clips are made for stored weights; the decoder is this machine's choice."""
-    return DataConfig.model_validate_json(json.dumps({**card.data, "decoder": "auto"}), strict=False)
+    """How clips are made for stored weights; the decoder is this machine's choice. Raises UserError for settings that
+    this version does not know."""
+    try:
+        return DataConfig.model_validate_json(json.dumps({**card.data, "decoder": "auto"}), strict=False)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, ("data", *first["loc"])))
+        raise UserError(
+            f"the weights' own settings do not fit this version of genkd: {where}: {first['msg']}"
+        ) from None
 
 
-def to_json(result: RecognitionResult, card: ModelCard, about: dict[str, Any]) -> dict[str, Any]:
-    """The metrics as JSON values, with the classes' names."""
-    per_class = {
-        name: {"videos": int(total), "top1": None if np.isnan(value) else round(float(value), 6)}
-        for name, total, value in zip(card.classes, result.confusion.sum(1), result.per_class(), strict=True)
-    }
-    return {
-        **about,
-        "videos": len(result.rows), "top1": result.top1, "top5": result.top5,
-        "mean_class_accuracy": result.mean_class, "loss": result.loss, "per_class": per_class,
-        "classes": list(card.classes), "confusion": result.confusion.tolist(),
-    }  # fmt: skip
+def sha256_of(path: Path) -> str:
+    """A file's SHA-256 in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
-def write_scores(path: Path, result: RecognitionResult, dataset: Dataset) -> None:
-    """Per-video scores as Parquet: key, label, prediction, scores list<double> in class order."""
-    table = pa.table(
-        {
-            "key": dataset.table["key"].take(result.rows),
-            "label": pa.array(result.labels, pa.int32()),
-            "prediction": pa.array(result.scores.argmax(1), pa.int32()),
-            "scores": pa.array(list(result.scores), pa.list_(pa.float64())),
-        }
-    )
-    pq.write_table(table, path, compression="zstd")
+def _refuse_unsuitable(weights: Path, card: ModelCard, config: DataConfig, data: Dataset, split: str) -> None:
+    """Raises UserError where weights cannot be evaluated on a split."""
+    place, classes = data.storage, tuple(data.classes)
+    if classes != card.classes:
+        if sorted(classes) == sorted(card.classes):
+            label = next(n for n, pair in enumerate(zip(card.classes, classes, strict=True)) if len(set(pair)) > 1)
+            raise UserError(
+                f"{place} has the classes of {weights} in another order (label {label} is {classes[label]!r}, not "
+                f"{card.classes[label]!r}); make the data set again with the weights' own class list"
+            )
+        strange = [name for name in classes if name not in set(card.classes)]
+        example = f", e.g. {strange[0]!r}" if strange else ""
+        raise UserError(
+            f"{weights} knows {len(card.classes)} classes, {place} has {len(classes)} others{example}; use its own data"
+        )
+    held = "flow" if is_flow(data) else "rgb"
+    if held != card.modality:
+        other = f"`genkd flow {place} OUT` makes one" if held == "rgb" else "give it the RGB data set"
+        raise UserError(f"{weights} takes {_NAMES[card.modality]}, but {place} holds {_NAMES[held]}; {other}")
+    fed = feature_shape(config.clip_length, config.size, card.model.width)
+    if fed != card.feature_shape:
+        raise UserError(
+            f"{weights} was built for {card.clip_length} frames of {card.size} pixels, but its own data settings make "
+            f"clips of {config.clip_length} frames of {config.size}; train or import it again"
+        )
+    rows = data.rows(split)
+    labels = data.labels[rows]
+    bad = rows[(labels < 0) | (labels >= len(classes))]
+    if len(bad):
+        label, key = data.labels[bad[0]], data.table["key"][int(bad[0])].as_py()
+        what = "without a class" if (data.labels[bad] < 0).all() else f"with labels outside 0..{len(classes) - 1}"
+        raise UserError(
+            f"{len(bad)} of the {len(rows)} videos in split {split!r} of {place} are {what}, e.g. {key} with label "
+            f"{label}; recognition needs one class each, so make the split without them"
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -27,6 +26,7 @@ from ..pipelines.store import ClipStore
 from ..preprocessing.shards import Dataset, Video
 from ..trainers import metrics
 from . import charts
+from .metrics import paired_difference
 from .recognition import data_config
 
 SAMPLES = 4  # videos whose attention is shown
@@ -51,7 +51,8 @@ class _Run:
 def write_report(
     path: Path, runs: list[Path], *, title: str = "genkd report", timings: dict[str, float] | None = None
 ) -> None:
-    """Writes the page: accuracies, what distillation did, curves, throughput, confusion, attention over time.
+    """Writes the page: accuracies, what distillation did, curves, throughput, confusion, calibration, attention
+    over time.
 
     runs: finished run folders of one data set; what a folder's `evaluation/` holds is shown too. timings: seconds by
     step. Raises UserError for a folder that is no finished run.
@@ -83,6 +84,11 @@ def write_report(
             (name, charts.confusion(np.array(values["confusion"]), values["classes"]))
             for name, values in evaluated.items()
         ],
+        "calibrations": [
+            (name, values["ece"], charts.reliability(values["reliability"]))
+            for name, values in evaluated.items()
+            if "reliability" in values
+        ],
         "samples": _samples(found),
         "timings": timings,
     }  # fmt: skip
@@ -95,6 +101,8 @@ def _read(name: str, path: Path) -> _Run:
     config, card = read_run(path), read_card(path)
     results = path / "evaluation" / "results.json"
     evaluation = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else None
+    if evaluation and "splits" in evaluation:
+        raise UserError(f"{results} is of several runs' splits; evaluate this run alone into {results.parent}")
     lines = metrics.read(path)
     if not lines:
         raise UserError(f"{path} has no metrics.jsonl; is it a finished run?")
@@ -128,12 +136,13 @@ def _comparison(runs: list[_Run]) -> dict[str, Any] | None:
     if not tables["none"]["key"].equals(tables["generative"]["key"]):
         return None  # measured on other videos
     right = {name: table["label"].to_numpy() == table["prediction"].to_numpy() for name, table in tables.items()}
-    difference = right["generative"].astype(float) - right["none"]
-    error = difference.std(ddof=1) / math.sqrt(len(difference))
+    difference, error = paired_difference(right["generative"], right["none"])
+    if error is None:
+        return None
     return {
-        "plain": right["none"].mean(), "distilled": right["generative"].mean(), "difference": difference.mean(),
-        "error": error, "videos": len(difference), "seed": students["generative"].config.seed,
-        "significant": abs(difference.mean()) > 1.96 * error,
+        "plain": right["none"].mean(), "distilled": right["generative"].mean(), "difference": difference,
+        "error": error, "videos": len(right["none"]), "seed": students["generative"].config.seed,
+        "significant": abs(difference) > 1.96 * error,
     }  # fmt: skip
 
 

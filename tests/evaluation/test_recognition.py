@@ -54,7 +54,7 @@ def test_stored_weights_are_measured_and_scores_written(run, data, tmp_path):
     assert values["videos"] == 40 and values["clips"] == 2 and values["decoder"] == "pyav"
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == json.loads(json.dumps(values))
     table = pq.read_table(tmp_path / "out" / "scores.parquet")
-    assert table.column_names == ["key", "label", "prediction", "scores"]
+    assert table.column_names == ["key", "label", "prediction", "scores", "logits"]
     scores = np.array(table["scores"].to_pylist())
     assert scores.shape == (40, 10)
     np.testing.assert_allclose(scores.sum(1), 1, atol=1e-6)
@@ -77,11 +77,22 @@ def test_the_report_is_one_file_with_everything_in_it(run, data, tmp_path):
         tmp_path / "report.html", [run / name for name in ("rep", "plain", "student")], timings={"one step": 1.5}
     )
     page = (tmp_path / "report.html").read_text()
-    assert page.count("<svg") >= 4 + 2 + 4
+    assert page.count("<svg") >= 4 + 2 + 2 + 4
     assert "The student reaches" in page and "standard error" in page and "one step" in page
     links = set(re.findall(r"https?://[^/\"]+", page)) - {"http://www.w3.org"}
     assert not links, "the page loads nothing from elsewhere"
     for word in ("Bob", "no distillation", "feature representation", "data:image/jpeg;base64,"):
         assert word in page
+    for name in ("plain", "student"):
+        results = run / name / "evaluation" / "results.json"
+        values = json.loads(results.read_text())
+        assert f"{name}, ECE {100 * values['ece']:.1f} %" in page
+    del values["reliability"], values["ece"]  # as an older version wrote it
+    results.write_text(json.dumps(values))
+    write_report(tmp_path / "older.html", [run / "student"])
+    assert "Calibration" not in (tmp_path / "older.html").read_text()
+    results.write_text(json.dumps({"splits": [values, values]}))
+    with pytest.raises(UserError, match="is of several runs' splits"):
+        write_report(tmp_path / "x.html", [run / "student"])
     with pytest.raises(UserError, match="no training run"):
         write_report(tmp_path / "x.html", [tmp_path])

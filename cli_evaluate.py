@@ -1,0 +1,110 @@
+"""Commands that measure trained networks, and fuse what they found."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .cli_options import FOLDER, PLACE, examples
+from .errors import UserError
+
+
+@click.group()
+def evaluate() -> None:
+    """Measure trained weights on a data set."""
+
+
+@evaluate.command()
+@click.argument("weights", nargs=-1, required=True, type=FOLDER)
+@click.option(
+    "--data", "datasets", required=True, multiple=True, type=PLACE,
+    help="Shard data set; with several WEIGHTS one for all, or --data again for each, in their order.",
+)  # fmt: skip
+@click.option("--split", default="test", show_default=True)
+@click.option("--clips", default=10, show_default=True, type=click.IntRange(1), help="Uniform clips a video.")
+@click.option("--crops", default="1", show_default=True, type=click.Choice(["1", "3"]), help="Crops a clip.")
+@click.option("--batch-size", default=16, show_default=True, type=click.IntRange(1), help="Clips over all ranks.")
+@click.option("--precision", default="auto", show_default=True, type=click.Choice(["auto", "fp32", "bf16", "fp16"]))
+@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
+@click.option("--out", type=FOLDER, help="Write results.json and scores.parquet here; several WEIGHTS: into 1, 2, ...")
+@click.option("--json", "as_json", is_flag=True, help="Print the metrics as JSON.")
+@examples(
+    "genkd evaluate recognition runs/student --data data/ucf101 --clips 10 --crops 3\n"
+    "genkd evaluate recognition runs/student --data data/ucf101 --json | jq .top1\n"
+    "genkd evaluate recognition runs/split1 runs/split2 runs/split3 --data data/ucf101-1 --data data/ucf101-2 \\\n"
+    "      --data data/ucf101-3 --out runs/rgb-eval"
+)
+def recognition(weights: tuple[Path, ...], datasets: tuple[str | Path, ...], out: Path | None, device: str,
+                as_json: bool, crops: str, **options: Any) -> None:  # fmt: skip
+    """Top-1, top-5 and mean class accuracy, calibration error and likelihood of WEIGHTS (run folders or weights files).
+
+    Several WEIGHTS are evaluated each on its data set; then come mean and standard deviation over them. With --out a
+    rerun keeps what is finished, and evaluates again what was made from other weights, data or settings.
+    """
+    from .evaluation.recognition import Settings, evaluate_weights
+    from .evaluation.splits import evaluate_splits
+    from .progress import bar
+    from .tables import recognition_tables, show, split_tables
+
+    main_rank = int(os.environ.get("RANK", "0")) == 0
+    if len(weights) == 1 and len(datasets) == 1:
+        with bar("scoring", "clips") as progress:
+            values = evaluate_weights(
+                weights[0], datasets[0], out, crops=int(crops), device=device, progress=progress, **options
+            )
+        tables = recognition_tables
+    elif len(weights) == 1:
+        raise UserError(f"one set of weights, but {len(datasets)} data sets; give one")
+    else:
+        values = evaluate_splits(
+            weights, datasets, out, Settings(crops=int(crops), **options), device=device,
+            progress=lambda name: bar(f"scoring {name}", "clips"),
+        )  # fmt: skip
+        tables = split_tables
+    if main_rank:
+        click.echo(json.dumps(values, indent=2)) if as_json else show(tables(values))
+
+
+@click.command()
+@click.argument("streams", nargs=-1, required=True, type=FOLDER)
+@click.option("--weights", help="One a stream, e.g. 1,1.5  [default: all 1]")
+@click.option(
+    "--rule", default="scores", show_default=True, type=click.Choice(["scores", "logits", "reference"]),
+    help="scores: weighted mean of class scores; logits: softmax of the weighted mean of time-averaged logits; "
+    "reference: the original's, logits added, softmax, sum over time, softmax again; exact for one view a video.",
+)  # fmt: skip
+@click.option("--search", is_flag=True, help="Also top-1 for weights 0.25 to 4 of the second stream, tuned on the very "
+              "videos it is measured on.")  # fmt: skip
+@click.option("--out", type=FOLDER, help="Write results.json and scores.parquet into this folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print the metrics as JSON.")
+@examples(
+    "genkd fuse runs/rgb/evaluation runs/flow/evaluation\n"
+    "genkd fuse runs/rgb-eval runs/flow-eval --rule reference --out runs/two-stream   # three splits in each\n"
+    "genkd fuse rgb/scores.parquet flow/scores.parquet --weights 1,1.5 --json | jq .top1"
+)
+def fuse(streams: tuple[Path, ...], weights: str | None, rule: str, search: bool, out: Path | None,
+         as_json: bool) -> None:  # fmt: skip
+    """Fuse the scores of two or more networks on the same videos, such as the RGB and the flow stream.
+
+    Each of STREAMS is a scores.parquet of `genkd evaluate recognition --out` or `genkd fuse --out`, or the folder that
+    holds it. Folders of several splits' evaluations are fused split by split; then come mean and standard deviation.
+    """
+    from .evaluation.fusion import fuse_files
+    from .tables import fusion_tables, show
+
+    values = fuse_files(streams, _weights(weights), rule, out, search=search)
+    click.echo(json.dumps(values, indent=2)) if as_json else show(fusion_tables(values))
+
+
+def _weights(text: str | None) -> list[float] | None:
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--weights {text!r} are not numbers with commas between them, e.g. 1,1.5") from None
+
+
+COMMANDS = (evaluate, fuse)
