@@ -11,8 +11,7 @@ from typing import Any
 
 import click
 
-from . import __version__
-from .cli_data import COMMANDS
+from . import __version__, cli_data, cli_weights
 from .cli_options import FOLDER, examples
 from .errors import Stopped, UserError, explain_os_error
 from .files import write_json
@@ -51,7 +50,7 @@ def main() -> None:
     logging.getLogger("genkd").setLevel(logging.INFO)
 
 
-for _command in COMMANDS:
+for _command in (*cli_data.COMMANDS, *cli_weights.COMMANDS):
     main.add_command(_command)
 
 

@@ -27,20 +27,24 @@ class Stage(NamedTuple):
     terms: Terms
 
 
-def same_preprocessing(place: str, stored: checkpoints.ModelCard, own: checkpoints.ModelCard) -> None:
-    """Refuses weights that were trained on otherwise normalized clips; another stride is only mentioned."""
+def same_preprocessing(
+    place: str, stored: checkpoints.ModelCard, own: checkpoints.ModelCard, *, pretraining: bool = False
+) -> None:
+    """Refuses weights that were trained on otherwise normalized clips; another stride is only mentioned.
+
+    pretraining: the weights come from another data set; another normalization is then only mentioned too.
+    """
     if stored.modality != own.modality:
         raise UserError(f"{place} is for {stored.modality} clips, this data set holds {own.modality}")
     prefix = "flow_" if own.modality == "flow" else ""
-    for key in (f"{prefix}mean", f"{prefix}std"):
-        if stored.data.get(key, own.data[key]) != own.data[key]:
-            raise UserError(
-                f"{place} was trained with data.{key}={stored.data[key]}, this run has {own.data[key]}; use the same"
-            )
-    if stored.data.get("stride", own.data["stride"]) != own.data["stride"]:
-        log.warning(
-            "%s was trained with data.stride=%s, this run has %s", place, stored.data["stride"], own.data["stride"]
-        )
+    mentioned = [f"{prefix}mean", f"{prefix}std", "stride"] if pretraining else ["stride"]
+    for key in (f"{prefix}mean", f"{prefix}std", "stride"):
+        theirs = stored.data.get(key, own.data[key])
+        if theirs == own.data[key]:
+            continue
+        if key not in mentioned:
+            raise UserError(f"{place} was trained with data.{key}={theirs}, this run has {own.data[key]}; use the same")
+        log.warning("%s was trained with data.%s=%s, this run has %s", place, key, theirs, own.data[key])
 
 
 class Phase:
@@ -73,13 +77,15 @@ class Phase:
             self._initialize(config.init)
 
     def _initialize(self, place: str) -> None:
-        card = checkpoints.read_card(place)
-        if card.classes != self.card.classes:
-            raise UserError(
-                f"init={place} has {len(card.classes)} other classes than the data set; train on the same one"
-            )
-        same_preprocessing(f"init={place}", card, self.card)
-        fresh = checkpoints.initialize_from(self.recognizer, place)
+        """Weights of the same classes are taken whole; of another data set, as pretraining, all but the classifier."""
+        card, own, source = checkpoints.card_of_start(place), self.card, f"init={place}"
+        pretraining = checkpoints.other_classes(source, card.classes, own.classes)
+        if pretraining:
+            log.info("%s knows %d other classes: pretraining, without its classifier", source, len(card.classes))
+        # Flow may start from RGB, whose clips are normalized by other values.
+        if (card.modality, own.modality) != ("rgb", "flow"):
+            same_preprocessing(source, card, own, pretraining=pretraining)
+        fresh = checkpoints.initialize_from(self.recognizer, place, classifier=not pretraining)
         log.info("started from %s; fresh weights: %s", place, ", ".join(fresh) or "none")
 
     def place(self, ranks: Ranks) -> None:
