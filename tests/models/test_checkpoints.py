@@ -1,14 +1,10 @@
-import sys
-
-import numpy as np
 import pytest
 import torch
 
-from genkd.configs.schema import LossConfig, ModelConfig
+from genkd.configs.schema import ModelConfig
 from genkd.errors import UserError
 from genkd.models import checkpoints
 from genkd.models.recognizer import build_cvae
-from genkd.trainers import losses
 
 CARD = checkpoints.ModelCard(ModelConfig(width=0.25), ("a", "b"), 16, 64, True, "none", {"size": 64})
 
@@ -45,25 +41,23 @@ def test_places_without_weights_are_refused(tmp_path):
         checkpoints.load_recognizer(tmp_path)
 
 
-def test_initializing_keeps_only_a_missing_attention_head_fresh(tmp_path):
-    plain = checkpoints.ModelCard(ModelConfig(width=0.25), ("a", "b"), 16, 64, False, "none", {})
-    teacher = plain.build()
-    checkpoints.save_weights(tmp_path, plain, {"recognizer": teacher})
-    target = CARD.build()
-    assert checkpoints.initialize_from(target, tmp_path) == ["attention"]
-    assert torch.equal(target.logits.weight, teacher.logits.weight)
-    for changes in (
-        {"classes": ("a", "b", "c")},
-        {"model": ModelConfig(width=0.5)},
-        {"model": ModelConfig(width=0.25, temporal="top_heavy")},
+def test_weights_that_differ_from_their_card_are_refused_in_one_sentence(tmp_path):
+    card = checkpoints.ModelCard(**{**CARD.__dict__, "model": ModelConfig(width=0.5)})
+    flat = checkpoints.ModelCard(**{**CARD.__dict__, "model": ModelConfig(width=0.25, temporal="top_heavy")})
+    plain = checkpoints.ModelCard(**{**CARD.__dict__, "attention": False})
+    network = CARD.build()
+    for other, problem in (
+        (card, r"Conv3d_1a_7x7.conv3d.weight is \(16, 3, 7, 7, 7\) in the file, \(32, 3, 7, 7, 7\) in the network"),
+        (flat, r"backbone.Conv3d_1a_7x7.conv3d.weight is \(16, 3, 7, 7, 7\) in the file, \(16, 3, 1, 7, 7\) in the"),
+        (plain, r"attention.conv.bias is \(256,\) in the file, nothing in the network"),
     ):
-        other = checkpoints.ModelCard(**{**CARD.__dict__, **changes}).build()
-        with pytest.raises(UserError, match="does not fit"):
-            checkpoints.initialize_from(other, tmp_path)
+        checkpoints.save_weights(tmp_path, other, {"recognizer": network})
+        with pytest.raises(UserError, match=problem):
+            checkpoints.load_recognizer(tmp_path)
 
 
-def test_foreign_weights_are_refused():
-    with pytest.raises(UserError, match="neither"):
-        checkpoints.from_reference({"conv1.weight": torch.zeros(3)})
-    with pytest.raises(UserError, match="lack"):
-        checkpoints.from_reference({"cencoder.con1.0.weight": torch.zeros(64, 64, 1, 2, 2)})
+def test_a_vae_of_another_network_is_refused_in_one_sentence(tmp_path):
+    checkpoints.save_weights(tmp_path, CARD, {"recognizer": CARD.build(), "cvae": build_cvae((256, 2, 3, 3))})
+    problem = r"cvae.safetensors does not fit the recognizer beside it: encoder.conv.0.weight is \(256, 256, 1, 3, 3\)"
+    with pytest.raises(UserError, match=problem):
+        checkpoints.load_cvae(tmp_path)
