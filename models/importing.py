@@ -38,6 +38,8 @@ def import_weights(
     neither, settings that do not fit it, a pair that does not fit together, and, without force, for a file that is
     there already.
     """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; name a folder to import into")
     if (out / "config.yaml").exists() or (out / "weights").exists():
         raise UserError(f"{out} is the folder of a training run; import into another one")
     state = without_module(read_state(file))

@@ -259,7 +259,8 @@ def _read_torch(path: Path) -> Any:
                 f"{path} is refused: loading it would run code of {refused[1]}; where you trust it, save its state "
                 "dict alone, as plain tensors, and import that"
             ) from None
-        reason = str(error).replace("Weights only load failed. ", "").strip().split("\n")[0][:200]
+        told = re.search(r"WeightsUnpickler error: (.+)", str(error))
+        reason = (told[1] if told else str(error)).strip().split("\n")[0].split(". ")[0][:200]
         refuses = isinstance(error, pickle.UnpicklingError)
         what = "is damaged, or needs code to load" if refuses else "is damaged or no file of torch.save"
         raise UserError(f"{path} {what} ({reason or type(error).__name__})") from None

@@ -257,6 +257,8 @@ def test_settings_that_do_not_fit_and_taken_places_are_refused(tmp_path, teacher
     assert done.card.clip_length == 12
     with pytest.raises(UserError, match="genkd's own file already"):
         import_weights(done.path, tmp_path / "again")
+    with pytest.raises(UserError, match="is a file; name a folder"):
+        import_weights(teacher_file, done.path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").touch()
     with pytest.raises(UserError, match="folder of a training run"):
