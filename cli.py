@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from . import __version__, cli_data, cli_evaluate, cli_predict
+from . import __version__, cli_data, cli_evaluate, cli_predict, cli_weights
 from .cli_options import FOLDER, examples
 from .errors import Stopped, UserError, explain_os_error
 from .files import write_json
@@ -50,7 +50,8 @@ def main() -> None:
     logging.getLogger("genkd").setLevel(logging.INFO)
 
 
-for _command in (*cli_data.COMMANDS, *cli_evaluate.COMMANDS, *cli_predict.COMMANDS):
+_GROUPS = (cli_data, cli_evaluate, cli_predict, cli_weights)
+for _command in (command for group in _GROUPS for command in group.COMMANDS):
     main.add_command(_command)
 
 

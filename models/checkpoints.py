@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,34 +14,23 @@ import safetensors
 import safetensors.torch
 from torch import Tensor, nn
 
-from ..configs.schema import ModelConfig
+from ..configs.schema import DataConfig, ModelConfig
 from ..errors import UserError
 from ..files import write_atomically
 from .cvae import ConditionalVAE
-from .i3d import feature_shape
+from .i3d import STRIDE_SPACE, STRIDE_TIME, feature_shape
 from .recognizer import Recognizer, build_cvae
+from .reference import ImportReport, Layout, from_reference, identify, is_torch_file, read_state, without_module
 
 RECOGNIZER_FILE, CVAE_FILE = "recognizer.safetensors", "cvae.safetensors"
+STEM = "backbone.Conv3d_1a_7x7.conv3d.weight"
 
-_REFERENCE_RECOGNIZER = {
-    "backbone._model.logits.conv3d": "logits",
-    "backbone._model": "backbone",
-    "deconv1.0": "attention.reduce.0",
-    "deconv1.1": "attention.reduce.1",
-    "Att_Head_5c.0.conv1d": "attention.conv",
-    "Att_Head_5c.1": "attention.norm",
-    "Att_Head_5c.3": "attention.linear",
-}
-_REFERENCE_CVAE = {
-    "cencoder.con1": "encoder.conv",
-    "cencoder.fc1": "encoder.mlp.0",
-    "cencoder.fc2": "encoder.mlp.2",
-    "cencoder.fc3": "encoder.mlp.4",
-    "cdecoder.fc1": "decoder.mlp.0",
-    "cdecoder.fc2": "decoder.mlp.2",
-    "cdecoder.fc3": "decoder.mlp.4",
-    "cdecoder.deconv": "decoder.deconv",
-}
+log = logging.getLogger(__name__)
+
+__all__ = [
+    "CVAE_FILE", "RECOGNIZER_FILE", "ImportReport", "ModelCard", "card_of_start", "find_weights", "from_reference",
+    "initialize_from", "load_cvae", "load_recognizer", "other_classes", "read_card", "reference_card", "save_weights",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -81,16 +73,6 @@ class ModelCard:
         return cls(**{**values, "model": ModelConfig(**values["model"]), "classes": tuple(values["classes"])})
 
 
-@dataclass(frozen=True)
-class ImportReport:
-    """What an import did: which module it recognized, and each key it used, did not use, or missed."""
-
-    kind: str
-    used: tuple[str, ...]
-    unused: tuple[str, ...]
-    missing: tuple[str, ...] = field(default=())
-
-
 def save_weights(folder: Path, card: ModelCard, modules: dict[str, nn.Module]) -> None:
     """Writes recognizer.safetensors and, if there is one, cvae.safetensors, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -125,91 +107,179 @@ def read_card(place: str | Path) -> ModelCard:
             metadata = file.metadata() or {}
         return ModelCard.from_json(metadata["genkd"])
     except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise UserError(f"{path} holds no weights that genkd wrote ({error})") from None
+        raise UserError(
+            f"{path} holds no weights that genkd wrote ({error}); others come in by `genkd import-checkpoint`"
+        ) from None
 
 
 def load_recognizer(place: str | Path) -> tuple[Recognizer, ModelCard]:
-    """A recognizer with its stored weights, on the CPU, in eval mode."""
-    card = read_card(place)
+    """A recognizer with its stored weights, on the CPU, in eval mode. Raises UserError if they do not fit its card."""
+    card, path = read_card(place), find_weights(place)
     recognizer = card.build()
-    recognizer.load_state_dict(_read_state(find_weights(place)))
+    _load(recognizer, path, "the network that its own model card tells of")
     return recognizer.eval(), card
 
 
-def load_cvae(place: str | Path) -> ConditionalVAE:
-    """The conditional VAE beside a recognizer's weights, on the CPU, in eval mode."""
-    cvae = build_cvae(read_card(place).feature_shape)
-    cvae.load_state_dict(_read_state(find_weights(place, CVAE_FILE)))
+def load_cvae(place: str | Path, card: ModelCard | None = None) -> ConditionalVAE:
+    """The conditional VAE beside a recognizer's weights, on the CPU, in eval mode.
+
+    card: the recognizer's, where it is not there yet. Raises UserError if the two do not fit together.
+    """
+    path = find_weights(place, CVAE_FILE)
+    cvae = build_cvae((card or read_card(place)).feature_shape)
+    _load(cvae, path, "the recognizer beside it")
     return cvae.eval()
 
 
-def initialize_from(recognizer: Recognizer, place: str | Path) -> list[str]:
-    """Copies stored weights into a recognizer; returns the modules that were not there and keep their fresh weights.
+def reference_card(
+    layout: Layout,
+    *,
+    classes: tuple[str, ...] = (),
+    clip_length: int | None = None,
+    size: int | None = None,
+    compat: Literal["reference", "none"] = "reference",
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+) -> ModelCard:
+    """The card of an imported module: clips of the size that its attention head or VAE is made for, else 64 x 224 px.
 
-    Only a missing attention head is allowed to keep fresh weights. Raises UserError for any other difference.
+    classes: names, "0" to "K-1" if there are none; mean, std: of the channels in 0..1, DataConfig's if not given.
+    Raises UserError if the clip does not give the features that the module takes, or a number of values is wrong.
     """
-    path = find_weights(place)
-    state, own = _read_state(path), recognizer.state_dict()
-    wrong = [key for key in own if key in state and state[key].shape != own[key].shape]
-    missing = [key for key in own if key not in state and not key.startswith("attention.")]
-    if wrong or missing:
-        what = (
-            f"{wrong[0]} has shape {tuple(state[wrong[0]].shape)}, not {tuple(own[wrong[0]].shape)}"
-            if wrong
-            else f"no {missing[0]}"
+    clip_length = clip_length or (layout.time or 8) * STRIDE_TIME
+    size = size or (layout.height or 7) * STRIDE_SPACE
+    _, time, height, width = feature_shape(clip_length, size, 1.0)
+    wanted = (layout.time or time, layout.height or height, layout.width or width)
+    if (time, height, width) != wanted:
+        raise UserError(
+            f"clips of {clip_length} frames of {size} px give {time} x {height} x {width} features, this {layout.kind} "
+            f"takes {' x '.join(map(str, wanted))}; leave --clip-length and --size out"
         )
-        raise UserError(f"{path} does not fit this model ({what}): temporal, width or the number of classes differ")
-    recognizer.load_state_dict(state, strict=False)
-    return sorted({key.split(".")[0] for key in own if key not in state})
+    if classes and len(classes) != layout.num_classes:
+        raise UserError(f"there are {len(classes)} class names, the {layout.kind} has {layout.num_classes} classes")
+    prefix, given = "flow_" if layout.in_channels == 2 else "", {"mean": mean, "std": std}
+    for name, values in given.items():
+        if values is not None and (len(values) != layout.in_channels or (name == "std" and min(values) <= 0)):
+            raise UserError(
+                f"--{name} {','.join(map(str, values))} is not {layout.in_channels} "
+                f"{'positive ' if name == 'std' else ''}values, one for each channel of the {layout.kind}"
+            )
+    norm = {f"{prefix}{name}": values for name, values in given.items() if values is not None}
+    settings = DataConfig.model_validate({"clip_length": clip_length, "size": size, **norm})
+    return ModelCard(
+        layout.config, classes or numbered(layout.num_classes), clip_length, size, layout.attention, compat,
+        settings.model_dump(mode="json"), "flow" if layout.in_channels == 2 else "rgb",
+    )  # fmt: skip
 
 
-def from_reference(state: dict[str, Tensor]) -> tuple[nn.Module, ImportReport]:
-    """A module with the weights of the original implementation's recognition teacher, student or CVAE.
+def numbered(count: int) -> tuple[str, ...]:
+    """The names of classes that have none: their numbers from 0."""
+    return tuple(map(str, range(count)))
 
-    The kind is told by keys and shapes; a leading "module." is ignored. Halves that recognition never uses are left
-    out and reported. Raises UserError for anything else.
+
+def card_of_start(place: str | Path) -> ModelCard:
+    """The card of weights to start from: stored ones, or a file of torch.save that from_reference takes."""
+    if is_torch_file(place):
+        with _named(place):
+            return reference_card(_recognizer_layout(without_module(read_state(Path(place)))))
+    return read_card(place)
+
+
+def other_classes(place: str, stored: tuple[str, ...], own: tuple[str, ...]) -> bool:
+    """Whether weights to start from know other classes than the data set, so that their classifier is of no use.
+
+    Raises UserError where a mistake is likelier: the same names in another order, or as many without names.
     """
-    state = {key.removeprefix("module."): value for key, value in state.items()}
-    if "cencoder.con1.0.weight" in state:
-        weight = state["cencoder.con1.0.weight"]
-        module: nn.Module = build_cvae((weight.shape[0], 1, weight.shape[3], weight.shape[4]))
-        return _imported(module, state, _REFERENCE_CVAE, "recognition cvae")
-    if "deconv1.0.weight" in state and "backbone._model.logits.conv3d.weight" in state:
-        stem = state["backbone._model.Conv3d_1a_7x7.conv3d.weight"]
-        temporal: Literal["full", "top_heavy"] = "full" if stem.shape[2] == 7 else "top_heavy"
-        head, time = state["deconv1.0.weight"], state["Att_Head_5c.3.weight"].shape[0]
-        module = Recognizer(
-            ModelConfig(temporal=temporal, stem="strided"),
-            state["backbone._model.logits.conv3d.weight"].shape[0],
-            (head.shape[1], time, head.shape[3], head.shape[4]),
-            compat="reference",
-            in_channels=stem.shape[1],
+    if stored == own:
+        return False
+    if sorted(stored) == sorted(own):
+        raise UserError(f"{place} has the data set's classes in another order; make the data set again with that order")
+    if stored == numbered(len(own)):
+        raise UserError(
+            f"{place} has as many classes as the data set, {len(own)}, but no names for them: if they are the same, "
+            "give it names with `genkd import-checkpoint FILE OUT --classes DATASET` and start from OUT"
         )
-        kind = "recognition teacher" if temporal == "full" else "recognition student"
-        return _imported(module, state, _REFERENCE_RECOGNIZER, kind)
-    raise UserError("these weights are neither a recognition teacher or student of the reference nor its CVAE")
+    return True
 
 
-def _imported(
-    module: nn.Module, state: dict[str, Tensor], names: dict[str, str], kind: str
-) -> tuple[nn.Module, ImportReport]:
-    mapped: dict[str, Tensor] = {}
-    used = []
-    own = module.state_dict()
-    for key, value in state.items():
-        for old, new in names.items():
-            if key.startswith(old + "."):
-                target = new + key[len(old) :]
-                if target in own and own[target].shape == value.shape:
-                    mapped[target] = value
-                    used.append(key)
-                break
-    missing = tuple(key for key in own if key not in mapped)
-    if missing:
-        raise UserError(f"the weights look like a {kind} but lack {len(missing)} of its entries, e.g. {missing[0]}")
-    module.load_state_dict(mapped)
-    unused = tuple(key for key in state if key not in set(used))
-    return module.eval(), ImportReport(kind, tuple(used), unused)
+def initialize_from(recognizer: Recognizer, place: str | Path, *, classifier: bool = True) -> list[str]:
+    """Copies weights into a recognizer; returns its modules that keep their fresh weights.
+
+    place: what find_weights takes, or a .pt, .pth or .ckpt file that from_reference takes. An attention head that is
+    not there stays fresh, and so does the classifier with classifier=False, for other classes. All else is copied,
+    batch norm's statistics too. Two differences are bridged, and logged:
+
+    - flow from RGB: the first convolution's kernels are averaged over their input channels, for x and for y;
+    - top-heavy from full (and between stems): kernels of another temporal extent are summed over time; the paired
+      stem gets half of the sum for each of its two frames. On a still clip both answer alike.
+
+    Raises UserError, naming the key and both shapes, for any other difference.
+    """
+    own = recognizer.state_dict()
+    if is_torch_file(place):
+        with _named(place):
+            state = from_reference(read_state(Path(place)))[0].state_dict()
+    else:
+        state = _read_state(find_weights(place))
+    fitted: dict[str, Tensor] = {}
+    averaged, summed = [], []
+    for key, fresh in own.items():
+        module = key.split(".")[0]
+        if module == "logits" and not classifier:
+            continue
+        if key not in state:
+            if module == "attention" and not any(name.startswith("attention.") for name in state):
+                continue
+            raise UserError(f"{place} does not fit this model: it has no {key}")
+        value = state[key]
+        if key == STEM and (value.shape[1], fresh.shape[1]) == (3, 2):
+            value = value.mean(1, keepdim=True).expand(-1, 2, -1, -1, -1)
+            averaged.append(key)
+        steps = fresh.shape[2] if module == "backbone" and fresh.ndim == value.ndim == 5 else 0
+        # Kernels of one or two steps are a top-heavy network's; longer ones are never made up.
+        if steps in (1, 2) and value.shape[2] != steps:
+            value = (value.sum(2, keepdim=True) / steps).expand(-1, -1, steps, -1, -1)
+            summed.append(key)
+        if value.shape != fresh.shape:
+            raise UserError(
+                f"{place} does not fit this model: {key} has shape {tuple(state[key].shape)} there and "
+                f"{tuple(fresh.shape)} here; use its model.temporal, model.width, data.clip_length and data.size"
+            )
+        fitted[key] = value
+    recognizer.load_state_dict({**own, **fitted})
+    if averaged:
+        log.info("%s is of RGB: its first convolution was averaged over the channels, for flow's two", place)
+    if summed:
+        log.info("%s is of another temporal extent: %d kernels were summed over time", place, len(summed))
+    return sorted({key.split(".")[0] for key in own if key not in fitted})
+
+
+def _recognizer_layout(state: dict[str, Tensor]) -> Layout:
+    layout = identify(state)
+    if layout.cvae:
+        raise UserError(f"this is a {layout.kind}, not a network to start from")
+    return layout
+
+
+@contextlib.contextmanager
+def _named(place: str | Path) -> Iterator[None]:
+    """Puts the file's name before what is wrong with its weights."""
+    try:
+        yield
+    except UserError as error:
+        raise error if str(place) in str(error) else UserError(f"{place}: {error}") from None
+
+
+def _load(module: nn.Module, path: Path, owner: str) -> None:
+    state, own = _read_state(path), module.state_dict()
+    for key in (*own, *state):
+        there, here = (tuple(found[key].shape) if key in found else "nothing" for found in (state, own))
+        if there != here:
+            raise UserError(
+                f"{path} does not fit {owner}: {key} is {there} in the file, {here} in the network; put back the file "
+                "that training or import wrote"
+            )
+    module.load_state_dict(state)
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:

@@ -100,20 +100,24 @@ class FrozenTeacher:
             )
 
 
-def same_preprocessing(place: str, stored: checkpoints.ModelCard, own: checkpoints.ModelCard) -> None:
-    """Refuses weights of the other modality or of otherwise normalized clips; another stride is only mentioned."""
+def same_preprocessing(
+    place: str, stored: checkpoints.ModelCard, own: checkpoints.ModelCard, *, pretraining: bool = False
+) -> None:
+    """Refuses weights that were trained on otherwise normalized clips; another stride is only mentioned.
+
+    pretraining: the weights come from another data set; another normalization is then only mentioned too.
+    """
     if stored.modality != own.modality:
         raise UserError(f"{place} is for {stored.modality} clips, this data set holds {own.modality}")
     prefix = "flow_" if own.modality == "flow" else ""
-    for key in (f"{prefix}mean", f"{prefix}std"):
-        if stored.data.get(key, own.data[key]) != own.data[key]:
-            raise UserError(
-                f"{place} was trained with data.{key}={stored.data[key]}, this run has {own.data[key]}; use the same"
-            )
-    if stored.data.get("stride", own.data["stride"]) != own.data["stride"]:
-        log.warning(
-            "%s was trained with data.stride=%s, this run has %s", place, stored.data["stride"], own.data["stride"]
-        )
+    mentioned = [f"{prefix}mean", f"{prefix}std", "stride"] if pretraining else ["stride"]
+    for key in (f"{prefix}mean", f"{prefix}std", "stride"):
+        theirs = stored.data.get(key, own.data[key])
+        if theirs == own.data[key]:
+            continue
+        if key not in mentioned:
+            raise UserError(f"{place} was trained with data.{key}={theirs}, this run has {own.data[key]}; use the same")
+        log.warning("%s was trained with data.%s=%s, this run has %s", place, key, theirs, own.data[key])
 
 
 # Keys of the configuration that do not touch a clip's pixels.

@@ -214,7 +214,6 @@ def test_bad_input_is_refused_before_anything_is_written(tiny, data, tmp_path):
         ("distill", [f"teacher={tmp_path / 'rep'}", "data.size=64"], "16 frames of 32 px"),
         ("distill", [f"teacher={tmp_path / 'rep'}", "model.width=0.5"], "set model.width=0.25"),
         ("distill", [f"teacher={tmp_path / 'foreign'}"], "other classes"),
-        ("representation", [f"init={tmp_path / 'foreign'}"], "other classes"),
         ("representation", [f"init={tmp_path / 'teacher'}", "model.width=0.5"], "does not fit"),
         ("teacher", ["precision=fp16", "device=cpu"], "fp16 needs a GPU"),
     ):

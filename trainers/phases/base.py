@@ -80,13 +80,15 @@ class Phase:
             self._initialize(config.init)
 
     def _initialize(self, place: str) -> None:
-        card = checkpoints.read_card(place)
-        if card.classes != self.card.classes:
-            raise UserError(
-                f"init={place} has {len(card.classes)} other classes than the data set; train on the same one"
-            )
-        same_preprocessing(f"init={place}", card, self.card)
-        fresh = checkpoints.initialize_from(self.recognizer, place)
+        """Weights of the same classes are taken whole; of another data set, as pretraining, all but the classifier."""
+        card, own, source = checkpoints.card_of_start(place), self.card, f"init={place}"
+        pretraining = checkpoints.other_classes(source, card.classes, own.classes)
+        if pretraining:
+            log.info("%s knows %d other classes: pretraining, without its classifier", source, len(card.classes))
+        # Flow may start from RGB, whose clips are normalized by other values.
+        if (card.modality, own.modality) != ("rgb", "flow"):
+            same_preprocessing(source, card, own, pretraining=pretraining)
+        fresh = checkpoints.initialize_from(self.recognizer, place, classifier=not pretraining)
         log.info("started from %s; fresh weights: %s", place, ", ".join(fresh) or "none")
 
     def place(self, ranks: Ranks) -> None:
