@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from . import __version__
+from . import __version__, cli_export
 from .cli_data import COMMANDS
 from .cli_options import FOLDER, examples
 from .errors import Stopped, UserError, explain_os_error
@@ -51,7 +51,7 @@ def main() -> None:
     logging.getLogger("genkd").setLevel(logging.INFO)
 
 
-for _command in COMMANDS:
+for _command in (*COMMANDS, *cli_export.COMMANDS):
     main.add_command(_command)
 
 

@@ -8,7 +8,7 @@ import pytest
 @pytest.mark.parametrize(
     "verb",
     [[], ["synth"], ["shard"], ["shard", "folder"], ["shard", "ucf101"], ["inspect"], ["verify"], ["train"],
-     ["evaluate"], ["evaluate", "recognition"], ["demo"], ["report"], ["bench"], ["doctor"]],
+     ["evaluate"], ["evaluate", "recognition"], ["demo"], ["report"], ["export"], ["bench"], ["doctor"]],
 )  # fmt: skip
 def test_every_verb_has_help(verb):
     from click.testing import CliRunner
