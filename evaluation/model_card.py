@@ -55,8 +55,6 @@ def describe(
     """
     card, config = source.card, None if run is None else read_run(run)
     own, runtimes = check.pop("data_set"), check.pop("runtimes")
-    with torch.inference_mode():
-        logits = source.graph(torch.zeros(1, *source.clip_shape))["logits"]
     return {
         "genkd_export": CARD_VERSION,
         "name": name,
@@ -65,7 +63,7 @@ def describe(
         "modality": card.modality,
         "classes": list(card.classes),
         "input": _input(card),
-        "outputs": _outputs(card, logits.shape[2]),
+        "outputs": _outputs(card, source.recognizer.shape[1] - source.recognizer.pool[0] + 1),
         "architecture": _architecture(card),
         **complexity(source.recognizer, card.clip_length, card.size).to_json(),
         "data_set": own or {"place": str(card.data.get("dataset", "")), "read": False},
