@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from . import __version__, cli_data, cli_evaluate, cli_predict, cli_weights
+from . import __version__, cli_data, cli_evaluate, cli_export, cli_predict, cli_weights
 from .cli_options import FOLDER, examples
 from .errors import Stopped, UserError, explain_os_error
 from .files import write_json
@@ -50,7 +50,7 @@ def main() -> None:
     logging.getLogger("genkd").setLevel(logging.INFO)
 
 
-_GROUPS = (cli_data, cli_evaluate, cli_predict, cli_weights)
+_GROUPS = (cli_data, cli_evaluate, cli_predict, cli_weights, cli_export)
 for _command in (command for group in _GROUPS for command in group.COMMANDS):
     main.add_command(_command)
 

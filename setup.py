@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent
 EXTRAS = {
     "ray": ["ray>=2.40"],
     "s3": ["s3fs>=2024.6"],
+    "export": ["onnx>=1.17", "onnxscript>=0.5.3", "onnxruntime>=1.20"],
     "test": [
         "pytest>=8",
         "pytest-timeout>=2.3",
@@ -24,9 +25,13 @@ EXTRAS = {
         "moto[s3]>=5.1",
         "flask>=3",
         "flask-cors>=5",
+        # What exports of ONNX are written with, checked with, and run by others.
+        "onnx>=1.17",
+        "onnxscript>=0.5.3",
+        "onnxruntime>=1.20",
     ],
 }
-EXTRAS["all"] = EXTRAS["ray"] + EXTRAS["s3"]
+EXTRAS["all"] = EXTRAS["ray"] + EXTRAS["s3"] + EXTRAS["export"]
 
 setup(
     name="genkd",

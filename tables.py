@@ -168,6 +168,19 @@ def doctor_tables(findings: list[dict[str, Any]]) -> list[Table]:
     return [table]
 
 
+def export_tables(values: dict[str, Any]) -> list[Table]:
+    """The files of an export, and how far each format is from the network."""
+    millions, giga = values["parameters"]["total"] / 1e6, values["flops"]["total"] / 1e9
+    files = _table(f"{values['name']}: {millions:.2f} M parameters, {giga:.2f} GFLOPs a clip", "file", "format", "size")
+    for entry in values["files"]:
+        files.add_row(entry["file"], entry["format"] or "", _bytes(entry["bytes"]))
+    outputs = list(values["outputs"])
+    check = _table(f"largest relative difference from the network on {values['check']['clips']}", "format", *outputs)
+    for name, found in values["check"]["differences"].items():
+        check.add_row(name, *(f"{found[output]['relative']:.1e}" for output in outputs))
+    return [files, check]
+
+
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left")
     for number, column in enumerate(columns):

@@ -184,8 +184,9 @@ class Task:
 def data_config(card: ModelCard) -> DataConfig:
     """How clips are made for stored weights; the decoder is this machine's choice. Raises UserError for settings that
     this version does not know."""
+    own = {"clip_length": card.clip_length, "size": card.size, "decoder": "auto"}
     try:
-        return DataConfig.model_validate_json(json.dumps({**card.data, "decoder": "auto"}), strict=False)
+        return DataConfig.model_validate_json(json.dumps({**card.data, **own}), strict=False)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, ("data", *first["loc"])))

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from ...configs.schema import TrainConfig
-from ...errors import UserError
 from ...models import checkpoints
 from ...models.recognizer import build_cvae
 from ...pipelines.loader import Batch
