@@ -165,7 +165,8 @@ def reference_card(
                 f"{'positive ' if name == 'std' else ''}values, one for each channel of the {layout.kind}"
             )
     norm = {f"{prefix}{name}": values for name, values in given.items() if values is not None}
-    settings = DataConfig.model_validate({"clip_length": clip_length, "size": size, **norm})
+    # The original is tested on the middle 224 of 256 pixels.
+    settings = DataConfig.model_validate({"clip_length": clip_length, "size": size, "eval_scale": 0.875, **norm})
     return ModelCard(
         layout.config, classes or numbered(layout.num_classes), clip_length, size, layout.attention, compat,
         settings.model_dump(mode="json"), "flow" if layout.in_channels == 2 else "rgb",
