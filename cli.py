@@ -59,14 +59,22 @@ for _command in (command for group in _GROUPS for command in group.COMMANDS):
 @click.argument("phase", type=click.Choice(["teacher", "representation", "distill"]))
 @click.option("--config", "source", required=True, help="A preset's name or a YAML file.")
 @click.option("--out", required=True, type=FOLDER, help="Run folder; an unfinished run in it is continued.")
+@click.option(
+    "--resume",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "never"]),
+    help="auto: continue what is in the run folder; never: refuse a folder that a run has begun in.",
+)
 @click.argument("overrides", nargs=-1)
 @examples(
     "genkd train teacher --config ucf101 --out runs/teacher data.dataset=data/ucf101\n"
     "genkd train representation --config ucf101 --out runs/rep data.dataset=data/ucf101 init=runs/teacher\n"
     "genkd train distill --config ucf101 --out runs/student data.dataset=data/ucf101 teacher=runs/rep\n"
+    "genkd train distill --config ucf101-modern --out runs/kd data.dataset=data/ucf101 teacher=runs/rep method=logits\n"
     "torchrun --nproc-per-node 8 -m genkd train teacher --config ucf101 --out runs/teacher data.dataset=data/ucf101"
 )
-def train(phase: str, source: str, out: Path, overrides: tuple[str, ...]) -> None:
+def train(phase: str, source: str, out: Path, resume: str, overrides: tuple[str, ...]) -> None:
     """Train one phase: teacher, representation (init=RUN names the teacher), distill (needs teacher=RUN).
 
     OVERRIDES are key=value pairs over the configuration, dotted keys and YAML values: optimizer.lr=0.05. A run that
@@ -76,6 +84,8 @@ def train(phase: str, source: str, out: Path, overrides: tuple[str, ...]) -> Non
     from .trainers.loop import train as run
 
     config = load(source, phase, overrides)
+    if resume == "never" and (out / "config.yaml").exists():
+        raise UserError(f"{out} holds a run already; choose another --out, or leave --resume never out to continue it")
     result = run(config, out, say=click.echo)
     if int(os.environ.get("RANK", "0")) == 0:
         click.echo(f"finished; weights are in {result['weights']}")

@@ -25,6 +25,7 @@ from ..pipelines.pyav import decode_rgb
 from ..pipelines.store import ClipStore
 from ..preprocessing.shards import Dataset, Video
 from ..trainers import metrics
+from ..trainers.methods import METHODS
 from . import charts
 from .metrics import paired_difference
 from .recognition import data_config
@@ -110,13 +111,14 @@ def _read(name: str, path: Path) -> _Run:
 
 
 def _row(run: _Run) -> dict[str, Any]:
-    what = {"teacher": "classification", "representation": "feature representation", "distill": "distillation"}
-    plain = run.config.phase == "distill" and run.config.distill.method == "none"
+    what = {"teacher": "classification", "representation": "feature representation"}
+    method = METHODS[run.config.distill.method].title
     result, last = run.evaluation or {}, (run.of_kind("eval") or [{}])[-1]
     return {
         "name": run.name,
-        "phase": "no distillation" if plain else what[run.config.phase],
-        "network": f"I3D {run.card.model.temporal.replace('_', '-')}, width {run.card.model.width:g}",
+        "phase": what.get(run.config.phase, method),
+        "network": f"{'flow' if run.card.modality == 'flow' else 'RGB'}, I3D "
+        f"{run.card.model.temporal.replace('_', '-')}, width {run.card.model.width:g}",
         "parameters": result.get("parameters"),
         "epochs": run.config.epochs,
         "top1": result.get("top1", last.get("top1")),

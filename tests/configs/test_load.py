@@ -11,13 +11,68 @@ def write(path, text):
     return str(path)
 
 
-@pytest.mark.parametrize("preset", ["demo", "small", "ucf101"])
+FULL = [
+    f"{data}{flow}{recipe}" for data in ("ucf101", "hmdb51") for flow in ("", "-flow") for recipe in ("", "-modern")
+]
+
+
+@pytest.mark.parametrize("preset", ["demo", "small", *FULL])
 @pytest.mark.parametrize("phase", PHASES)
 def test_every_preset_is_valid_in_every_phase(preset, phase):
     assert preset in presets()
     config = load(preset, phase)
     assert config.phase == phase
     assert config.model.temporal == ("top_heavy" if phase == "distill" else "full")
+
+
+def test_there_is_a_test_for_every_preset():
+    assert set(presets()) == {"demo", "small", *FULL}
+
+
+@pytest.mark.parametrize("name", ["ucf101", "hmdb51"])
+def test_the_full_size_presets_have_the_originals_hyper_parameters(name):
+    """From its recognition configuration and training script: SGD at 1e-3 and 5e-4, batches of 6, 200 epochs, Adam at
+    1e-4 with betas 0.8 and 0.999 for the VAE, beta 0.1, 64 frames of 224 pixels, the middle 224 of 256 in tests."""
+    config = load(name, "distill")
+    assert (config.optimizer.name, config.optimizer.lr, config.optimizer.momentum) == ("sgd", 1e-3, 0.9)
+    assert (config.optimizer.weight_decay, config.optimizer.schedule) == (5e-4, "constant")
+    assert (config.batch_size, config.epochs, config.loss.attention) == (6, 200, 0.1)
+    assert (config.cvae_optimizer.lr, config.cvae_optimizer.betas) == (1e-4, (0.8, 0.999))
+    assert config.cvae_optimizer.weight_decay == 0
+    data = config.data
+    assert (data.clip_length, data.size, data.eval_scale) == (64, 224, 224 / 256)
+    assert data.scales == (1.0, 0.875, 0.75, 0.66)
+    assert (data.mean, data.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    flow = load(f"{name}-flow", "distill").data
+    assert (flow.scales, flow.flow_mean, flow.flow_std) == ((1.0, 0.875, 0.75), (0.5, 0.5), (0.226, 0.226))
+    modern = load(f"{name}-flow-modern", "teacher")
+    assert (modern.optimizer.schedule, modern.ema > 0, modern.loss.label_smoothing) == ("cosine", True, 0.1)
+    assert not modern.data.jitters_colour and load(f"{name}-modern", "teacher").data.jitters_colour
+
+
+def test_a_file_stands_on_its_base_and_wins_over_it(tmp_path):
+    write(tmp_path / "base.yaml", "epochs: 3\noptimizer: {lr: 0.5, momentum: 0.1}\nphases: {distill: {epochs: 4}}\n")
+    path = write(tmp_path / "mine.yaml", "base: base.yaml\noptimizer: {lr: 0.25}\n")
+    config = load(path, "teacher")
+    assert (config.epochs, config.optimizer.lr, config.optimizer.momentum) == (3, 0.25, 0.1)
+    assert load(path, "distill").epochs == 4
+    other = write(tmp_path / "other.yaml", "base: mine.yaml\nepochs: 9\n")
+    assert load(other, "distill").epochs == 9, "a file's own keys win over its base's phases"
+    assert load(write(tmp_path / "of.yaml", "base: demo\n"), "teacher") == load("demo", "teacher")
+    for text, words in (
+        ("base: of.yaml", "leads back to itself"),
+        ("base: [demo]", "preset's name"),
+        ("base: dmeo", "did you mean 'demo'"),
+    ):
+        with pytest.raises(UserError, match=words):
+            load(write(tmp_path / "of.yaml", text), "teacher")
+
+
+def test_method_is_short_for_the_distillations_method(tmp_path):
+    assert load("demo", "distill", ["method=logits"]).distill.method == "logits"
+    assert load(write(tmp_path / "c.yaml", "method: none\n"), "distill").distill.method == "none"
+    with pytest.raises(UserError, match=r"override 'method=hinton'.*distill\.method.*generative"):
+        load("demo", "distill", ["method=hinton"])
 
 
 def test_the_phase_section_wins_over_the_file_and_overrides_win_over_both(tmp_path):

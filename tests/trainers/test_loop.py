@@ -240,10 +240,11 @@ def test_a_full_disk_gives_one_sentence_and_keeps_the_checkpoints(tiny, data, sm
     assert "finished" in genkd(*command(tiny, data, disk / "run")[3:]).stdout
 
 
-@pytest.mark.parametrize("phase", ["teacher", "distill"])
-def test_two_ranks_train_and_evaluate_together(tiny, data, tmp_path, phase, genkd):
+@pytest.mark.parametrize("phase, options", [("teacher", []), ("distill", ["alternate=epoch", "ema=0.9"])])
+def test_two_ranks_train_and_evaluate_together(tiny, data, tmp_path, phase, options, genkd):
     train(tiny("representation", "epochs=1"), tmp_path / "rep", quiet)
-    overrides = [f"teacher={tmp_path / 'rep'}"] if phase == "distill" else []
+    overrides = [f"teacher={tmp_path / 'rep'}", *options] if phase == "distill" else []
+    passes = 2 if phase == "distill" else 1
     run = tmp_path / "run"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -256,8 +257,8 @@ def test_two_ranks_train_and_evaluate_together(tiny, data, tmp_path, phase, genk
     )
     assert done.returncode == 0, done.stderr
     steps = [line["step"] for line in losses(run) if line["kind"] == "train"]
-    assert steps == list(range(1, 10))
-    assert json.loads((run / "result.json").read_text())["steps"] == 9
+    assert steps == list(range(1, 9 * passes + 1))
+    assert json.loads((run / "result.json").read_text())["steps"] == 9 * passes
     arguments = ["evaluate", "recognition", run, "--data", data.path, "--clips", 2, "--batch-size", 6, "--json"]
     alone = json.loads(genkd(*arguments).stdout)
     together = subprocess.run(

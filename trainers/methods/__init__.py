@@ -6,7 +6,7 @@ from . import attention_transfer, features, generative, logits
 from .base import Method, Outputs
 
 METHODS: dict[str, Method] = {
-    "none": Method("the student alone", teacher=()),
+    "none": Method("no distillation", teacher=()),
     "generative": generative.BOTH,
     "generative-only": generative.GENERATIVE_ONLY,
     "attention-only": generative.ATTENTION_ONLY,
