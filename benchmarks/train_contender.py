@@ -146,11 +146,11 @@ def _timed(contender: _Contender, loader: Loader, count: int) -> float:
         # Each pass begins a run of the loader, as each epoch of a training does; it is not timed.
         pause = time.perf_counter()
         loader.load_state_dict({"epoch": 1 if not contender.config.data.fixed_views else 0, "batch": 0})
-        batches = _first(iter(loader), count, contender.parts)
-        ready = next(batches)
+        batches = iter(loader)
+        first = next(batches)
         started += time.perf_counter() - pause
-        contender.work([ready], number)
-        contender.work(batches, number)
+        contender.work([first], number)
+        contender.work(_first(batches, count - 1, contender.parts), number)
     wait(contender.device)
     return time.perf_counter() - started
 

@@ -56,7 +56,7 @@ class ReferenceSchedule:
             with self.part("optimizer"):
                 self.cvae_optimizer.step()
                 self.cvae_optimizer.zero_grad()
-            float(loss), float(follow)
+            loss.item(), follow.item()
 
     def network_pass(self, batches: Iterable[Batch], epoch: int) -> None:
         """The second half: the student learns classes, and to be what the VAE expects and the teacher attends to."""
@@ -83,7 +83,7 @@ class ReferenceSchedule:
             with self.part("optimizer"):
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            float(loss), float(reconstruction), float(follow)
+            loss.item(), reconstruction.item(), follow.item()
 
     @staticmethod
     def _look(net: Recognizer, clips: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
