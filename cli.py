@@ -119,7 +119,9 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
 
 @main.command()
 @click.argument("what", type=click.Choice(["loader", "shard", "train"]))
-@click.option("--data", type=FOLDER, help="loader: shard data set; shard: folder of videos  [default: synthetic]")
+@click.option(
+    "--data", type=FOLDER, help="loader, train: shard data set; shard: folder of videos  [default: synthetic]"
+)
 @click.option(
     "--workload", "workloads", multiple=True,
     help="loader: 16x224, 64x224, 256x96-long, index, or memory, which only runs when named. May be repeated.",

@@ -87,7 +87,6 @@ class Job:
         seconds = time.perf_counter() - started
         clips = 4 if self.data == "synth" else 3
         found = evaluate_weights(run, data, run / "evaluation", clips=clips, device="cpu")
-        shutil.rmtree(run / "checkpoints")
         lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         last = next(entry for line in reversed(lines) if (entry := json.loads(line))["kind"] == "train")
         card = read_card(run)
@@ -187,6 +186,7 @@ def main(out: Path, fights: Path | None, workers: int, only: tuple[str, ...]) ->
                 job, row = running.pop(future), future.result()
                 rows.append(row)
                 done.add(job)
+                shutil.rmtree(out / "runs" / job.folder / "checkpoints", ignore_errors=True)
                 write_json(
                     path, {"benchmark": "learning", "machine": machine(), "versions": versions(), "rows": rows,
                            "summary": summary(rows)},

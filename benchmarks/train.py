@@ -18,7 +18,9 @@ from typing import Any
 import torch
 
 from ..configs.load import load
+from ..errors import UserError
 from ..models.checkpoints import save_weights
+from ..pipelines.streams import is_flow
 from ..preprocessing import sources
 from ..preprocessing.convert import convert
 from ..preprocessing.shards import Dataset
@@ -52,7 +54,15 @@ def run(data: Path | None, repeats: int, *, preset: str | None = None, batches: 
         root = Path(folder)
         config = load(preset, "distill", ["method=none"])
         place = data or _synthetic(root, config.batch_size * (batches + 1), config.data.size)
-        teacher = phases.build(load(preset, "representation"), tuple(Dataset.open(place).classes))
+        dataset = Dataset.open(place)
+        videos = len(dataset.rows(config.data.train_split))
+        if videos < batches * config.batch_size:
+            raise UserError(
+                f"{place} has {videos} videos in {config.data.train_split!r}; {batches} batches of {config.batch_size} "
+                "are timed, so use a larger data set"
+            )
+        modality = "flow" if is_flow(dataset) else "rgb"
+        teacher = phases.build(load(preset, "representation"), tuple(dataset.classes), modality)
         save_weights(root / "teacher", teacher.card, teacher.modules)
         about = {
             "preset": preset, "clip_length": config.data.clip_length, "size": config.data.size,

@@ -9,11 +9,12 @@ FLOPs a second as a share of what a large matrix product reaches on this device 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..configs.load import load
 from ..models import checkpoints
 from ..pipelines.loader import Batch, Loader
+from ..pipelines.streams import is_flow
 from ..preprocessing.shards import Dataset
 from ..trainers import phases
 from ..trainers.distributed import Ranks, choose_device
@@ -64,13 +66,15 @@ class _Contender:
         self.parts, self.device, self.step = _Parts(device), device, 0
         self.dataset = Dataset.open(job["data"])
         place, classes = Ranks(0, 1, device), tuple(self.dataset.classes)
-        options = [f"data.dataset={job['data']}", f"teacher={job['teacher']}"]
+        options = [f"data.dataset={job['data']}"]
         is_reference = job["name"] == REFERENCE
         phase, overrides = ("distill", []) if is_reference else OURS[job["name"]]
+        if phase == "distill":
+            options.append(f"teacher={job['teacher']}")
         self.config = load(job["preset"], phase, [*options, *overrides])
-        self.phase = phases.build(self.config, classes)
+        self.phase = phases.build(self.config, classes, "flow" if is_flow(self.dataset) else "rgb")
         self.dtype = torch.float32
-        self.work: Callable[[list[Batch] | Iterator[Batch], int], None]
+        self.work: Callable[[Iterable[Batch], int], None]
         if is_reference:
             self.passes = 2
             teacher, cvae = checkpoints.load_recognizer(job["teacher"])[0], checkpoints.load_cvae(job["teacher"])
@@ -84,7 +88,7 @@ class _Contender:
             self.passes = self.config.passes
             self.phase.place(place)
             self.phase.part = self.parts
-            self.stepper, self.meter = Stepper(self.config, self.phase, place, job["batches"]), Meter(place)
+            self.stepper, self.meter = Stepper(self.config, self.phase, place, job["batches"] + 1), Meter(place)
             self.dtype = self.stepper.dtype
             if self.config.data.fixed_views and self.phase.teacher is not None:
                 rows = self.dataset.rows(self.config.data.train_split)
@@ -92,7 +96,7 @@ class _Contender:
             self.phase.train()
             self.work = self._steps
 
-    def _steps(self, batches: list[Batch] | Iterator[Batch], number: int) -> None:
+    def _steps(self, batches: Iterable[Batch], number: int) -> None:
         for batch in batches:
             self.stepper.take(batch, number, self.step, self.meter)
             self.step += 1
@@ -111,9 +115,9 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     count = job["batches"]
     with contender.loader() as loader:
         first = next(iter(loader))
-        if contender.config.data.fixed_views:  # an epoch that fills the cache
+        if contender.config.data.fixed_views:  # what is timed finds its clips in the cache
             loader.load_state_dict({"epoch": 0, "batch": 0})
-            contender.work(list(loader), 0)
+            contender.work(itertools.islice(loader, count), 0)
         for number in range(contender.passes):
             contender.work([first], number)
         if device.type == "cuda":

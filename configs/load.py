@@ -58,9 +58,6 @@ def load(source: str, phase: str, overrides: Iterable[str] = ()) -> TrainConfig:
         if not separator or not key:
             raise UserError(f"override {text!r} is not of the form key=value, e.g. optimizer.lr=0.05")
         _merge(merged, _nested(key, _parse(value, f"override {text!r}")), f"override {text!r}", origin)
-    if "method" in merged:  # method=none is short for distill.method=none
-        where = origin.pop("method")
-        _merge(merged, _nested("distill.method", merged.pop("method")), where, origin)
     stated = merged.setdefault("phase", phase)
     if stated != phase:
         raise UserError(f"{origin['phase']}: phase is {stated!r}, but {phase!r} was asked for")
@@ -99,7 +96,7 @@ def _chain(path: Path, phase: str) -> list[tuple[Path, dict[str, Any], dict[str,
     """(file, its values, its section of a phase) of a file and of the bases it stands on, the lowest base first."""
     chain: list[tuple[Path, dict[str, Any], dict[str, Any]]] = []
     while True:
-        if path in (file for file, _, _ in chain):
+        if path.resolve() in (file.resolve() for file, _, _ in chain):
             raise UserError(f"{path}: its `base` leads back to itself")
         values = _read(path)
         sections, base = values.pop("phases", None) or {}, values.pop("base", None)
@@ -160,6 +157,9 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
 
 
 def _merge(into: dict[str, Any], values: Mapping[str, Any], where: str, origin: dict[str, str], prefix="") -> None:
+    if not prefix and "method" in values:  # short for distill.method
+        values = dict(values)
+        _merge(into, _nested("distill.method", values.pop("method")), where, origin)
     for key, value in values.items():
         dotted = f"{prefix}{key}"
         if isinstance(value, dict):

@@ -111,15 +111,16 @@ class ModelConfig(_Frozen):
         description="top_heavy: what the first convolution sees of each two frames: the first (as published), their "
         "mean, both; auto: mean, under compat=reference strided",
     )
-    width: Annotated[float, Field(gt=0, le=4)] = Field(1.0, description="factor on all channels, steps of 1/32")
+    width: Annotated[float, Field(gt=0, le=4)] = Field(1.0, description="factor on all channels, steps of 1/16")
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
     bn_momentum: Annotated[float, Field(gt=0, le=1)] = Field(0.01, description="PyTorch's meaning; 0.01 as published")
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
-        if (self.width * 32) % 1:
+        if (self.width * 16) % 1:
             raise ValueError(
-                f"width {self.width} is no multiple of 1/32, so group norm's 32 groups would not divide it"
+                f"width {self.width} is no multiple of 1/16, so group norm's 32 groups would not divide the attention "
+                "head's channels"
             )
         return self
 
@@ -218,6 +219,8 @@ class TrainConfig(_Frozen):
     def _check(self) -> TrainConfig:
         if self.data.dtype == "uint8":
             raise ValueError("data.dtype=uint8 gives pixels as they are; training takes float32 or float16")
+        if self.teacher and self.phase != "distill":
+            raise ValueError(f"teacher= is for the distill phase; {self.phase} starts from init=")
         if (self.patience or self.keep == "best") and not self.eval_every:
             raise ValueError("patience and keep=best need evaluations: set eval_every to 1 or more")
         if self.distill.teacher_cache and not self.data.fixed_views:

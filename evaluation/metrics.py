@@ -54,6 +54,10 @@ class RecognitionResult:
             return self.confusion.diagonal() / self.confusion.sum(1)
 
 
+class NotFinite(UserError):
+    """Scores that are nan or infinite."""
+
+
 def score(
     rows: np.ndarray, scores: np.ndarray, labels: np.ndarray, keys: Sequence[str] | pa.ChunkedArray | None = None
 ) -> RecognitionResult:
@@ -160,7 +164,7 @@ def _refuse(rows: np.ndarray, scores: np.ndarray, labels: np.ndarray, keys: Sequ
         )
     bad = np.flatnonzero(~np.isfinite(scores).all(1))
     if len(bad):
-        raise UserError(
+        raise NotFinite(
             f"{len(bad)} of {len(labels)} videos have scores that are nan or infinite, the first is {named(bad[0])}; "
             "the weights have diverged, or overflow in this precision: try --precision fp32"
         )

@@ -37,6 +37,13 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     return path
 
 
+def set_aside(folder: Path, step: int) -> None:
+    """Renames the checkpoint of a step, if there is one, so that no run continues from it."""
+    path = folder / f"step-{step:08d}.pt"
+    if path.exists():
+        path.rename(path.with_name(path.name + ".diverged"))
+
+
 def newest(folder: Path) -> Path | None:
     """The newest checkpoint's file, if there is any."""
     found = _checkpoints(folder)

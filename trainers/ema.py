@@ -11,8 +11,9 @@ from torch import nn
 class Averages:
     """Copies of modules whose parameters follow the trained ones: p <- d*p + (1-d)*trained after every step.
 
-    d is the decay, but (1+step)/(10+step) while that is less, so that the first weights are soon forgotten. Buffers,
-    such as batch norm's statistics, are averages already and are copied. Polyak and Juditsky, 1992.
+    d is the decay, but (1+n)/(10+n) while that is less, with n the module's steps before, so that the first weights are
+    soon forgotten. Buffers, such as batch norm's statistics, are averages already and are copied. Polyak and Juditsky,
+    1992.
     """
 
     def __init__(self, modules: dict[str, nn.Module], decay: float):
@@ -20,14 +21,13 @@ class Averages:
         self.modules = {name: copy.deepcopy(module).eval().requires_grad_(False) for name, module in modules.items()}
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """After an optimizer step; step counts from 0."""
+    def update(self, name: str, step: int) -> None:
+        """After an optimizer step of a module; step counts the module's own, from 0."""
         rest = 1 - min(self._decay, (1 + step) / (10 + step))
-        for name, average in self.modules.items():
-            trained = self._trained[name]
-            torch._foreach_lerp_(list(average.parameters()), list(trained.parameters()), rest)
-            for own, new in zip(average.buffers(), trained.buffers(), strict=True):
-                own.copy_(new)
+        average, trained = self.modules[name], self._trained[name]
+        torch._foreach_lerp_(list(average.parameters()), list(trained.parameters()), rest)
+        for own, new in zip(average.buffers(), trained.buffers(), strict=True):
+            own.copy_(new)
 
     def state_dict(self) -> dict:
         return {name: module.state_dict() for name, module in self.modules.items()}

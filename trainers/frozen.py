@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..configs.schema import TrainConfig
-from ..errors import UserError
+from ..errors import UserError, explain_os_error
+from ..files import write_atomically
 from ..models import checkpoints
 from ..models.recognizer import ENDPOINT
 from ..pipelines.loader import Batch
@@ -30,6 +31,7 @@ class FrozenTeacher:
 
     def __init__(self, config: TrainConfig, student: checkpoints.ModelCard, method: Method):
         self.place = config.teacher
+        self.digest = ""
         if not self.place:
             raise UserError(
                 f"method {config.distill.method} of the distill phase needs teacher=RUN, the folder of a finished "
@@ -38,6 +40,10 @@ class FrozenTeacher:
         self.recognizer, self.card = checkpoints.load_recognizer(self.place)
         self.method, self.config = method, config
         self._check(student)
+        files = [checkpoints.find_weights(self.place)]
+        if method.follows_vae:
+            files.append(checkpoints.find_weights(self.place, checkpoints.CVAE_FILE))
+        self.digest = " ".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in files)
         self.modules: dict[str, nn.Module] = {"teacher": self.recognizer}
         if method.follows_vae:
             self.modules["teacher_cvae"] = checkpoints.load_cvae(self.place)
@@ -48,11 +54,14 @@ class FrozenTeacher:
     def remember(self, folder: Path, index_digest: str, rows: np.ndarray, dtype: torch.dtype) -> None:
         """Keeps its outputs for every (video, view) on disk from here on; rows: the videos of the training split."""
         about = {
-            "weights": hashlib.sha256(checkpoints.find_weights(self.place).read_bytes()).hexdigest(),
+            "weights": self.digest.split()[0],
             "index": index_digest, "seed": self.config.seed, "dtype": str(dtype),
             "data": self.config.data.model_dump(mode="json", exclude={"dataset", *_NO_PIXELS}),
         }  # fmt: skip
-        self._cache = TeacherCache(folder, about, rows, self.config.data.fixed_views)
+        try:
+            self._cache = TeacherCache(folder, about, rows, self.config.data.fixed_views)
+        except OSError as error:
+            raise UserError(explain_os_error(error, f"opening distill.teacher_cache={folder}")) from None
 
     def outputs(self, batch: Batch, draw: int) -> Outputs:
         """What the method compares with, of the batch's clips, (N,...) each; draw: the loader's epoch, from 0."""
@@ -66,7 +75,14 @@ class FrozenTeacher:
         known = self._cache.read(rows, view, wanted)
         if known is None:
             known = self._run(batch.clips, wanted)
-            self._cache.write(rows, view, known)
+            try:
+                self._cache.write(rows, view, known)
+            except OSError as error:
+                raise UserError(
+                    explain_os_error(
+                        error, f"writing distill.teacher_cache, which takes {self._cache.gigabytes:.1f} GB"
+                    )
+                ) from None
         return {name: value.to(batch.clips.device, non_blocking=True) for name, value in known.items()}
 
     def reconstruct(self, features: Tensor, attention: Tensor, noise: Tensor) -> Tensor:
@@ -85,7 +101,7 @@ class FrozenTeacher:
         place, own = f"teacher={self.place}", self.card
         if "attention" in self.method.teacher and not own.attention:
             raise UserError(f"{place} has no attention head; use the run of the representation phase")
-        if own.classes != student.classes:
+        if checkpoints.other_classes(place, own.classes, student.classes):
             raise UserError(f"{place} was trained on {len(own.classes)} other classes than the data set's")
         if (own.clip_length, own.size) != (student.clip_length, student.size):
             raise UserError(
@@ -138,23 +154,31 @@ class TeacherCache:
         text = json.dumps(about, sort_keys=True)
         self.folder = Path(folder) / f"teacher-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "about.json").write_text(text + "\n", encoding="utf-8")
+        write_atomically(self.folder / "about.json", f"{text}\n".encode())
         self._place = {int(row): number for number, row in enumerate(rows)}
         self._shape = (len(rows), views)
+        self._shapes: dict[str, tuple[int, ...]] = {}
         self._files: dict[str, np.memmap] = {}
+
+    @property
+    def gigabytes(self) -> float:
+        """Of all its files that have been begun, 10^9 bytes."""
+        return sum(array.nbytes for array in self._files.values()) / 1e9
 
     def read(self, rows: list[int], view: int, names: tuple[str, ...]) -> Outputs | None:
         """The outputs of these videos, or None if any is missing."""
         places = [self._place[row] for row in rows]
         found = {}
         for name in names:
-            path = self.folder / f"{name}.f32"
-            if name not in self._files and not path.exists():
+            shape = self._shapes.get(name)
+            if shape is None:
+                try:
+                    shape = tuple(json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8")))
+                except (FileNotFoundError, ValueError):  # not begun, or begun when the machine went down
+                    return None
+                self._shapes[name] = shape
+            if not self._open(f"{name}.done", np.uint8, ())[places, view].all():
                 return None
-            marks = self._open(f"{name}.done", np.uint8, ())
-            if not marks[places, view].all():
-                return None
-            shape = tuple(json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8")))
             found[name] = torch.from_numpy(self._open(f"{name}.f32", np.float32, shape)[places, view])
         return found
 
@@ -163,11 +187,9 @@ class TeacherCache:
         places = [self._place[row] for row in rows]
         for name, value in outputs.items():
             values = value.float().cpu().numpy()
-            description = self.folder / f"{name}.json"
-            if not description.exists():
-                temporary = description.with_name(f"{name}.{os.getpid()}.tmp")
-                temporary.write_text(json.dumps(list(values.shape[1:])), encoding="utf-8")
-                temporary.replace(description)
+            if name not in self._shapes:
+                write_atomically(self.folder / f"{name}.json", json.dumps(list(values.shape[1:])).encode())
+                self._shapes[name] = values.shape[1:]
             stored = self._open(f"{name}.f32", np.float32, values.shape[1:])
             stored[places, view] = values
             stored.flush()
@@ -176,10 +198,9 @@ class TeacherCache:
     def _open(self, file: str, dtype: type, shape: tuple[int, ...]) -> np.memmap:
         if file not in self._files:
             path, whole = self.folder / file, (*self._shape, *shape)
-            # Sparse until it is written; opened so that ranks which come later do not cut it.
-            size = int(np.prod(whole)) * np.dtype(dtype).itemsize
+            # All of it is taken from the disk now: a full one would end the process at a later write to the mapping.
+            # What other ranks have written stays.
             with open(path, "ab") as handle:
-                if handle.tell() < size:
-                    handle.truncate(size)
+                os.posix_fallocate(handle.fileno(), 0, int(np.prod(whole)) * np.dtype(dtype).itemsize)
             self._files[file] = np.memmap(path, dtype, "r+", shape=whole)
         return self._files[file]

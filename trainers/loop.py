@@ -17,6 +17,7 @@ from ..configs import load as configs
 from ..configs.schema import TrainConfig
 from ..errors import Stopped, UserError, explain_os_error
 from ..evaluation import recognition
+from ..evaluation.metrics import NotFinite
 from ..files import locked, remove_leftovers, write_atomically, write_json
 from ..models import checkpoints as weights
 from ..pipelines.loader import Loader
@@ -65,7 +66,9 @@ def train(config: TrainConfig, run: Path, say: Callable[[str], None] = print) ->
     with ranks(config.device) as place:
         torch.set_float32_matmul_precision("high")
         # Whatever is wrong with the input shows here, before the run folder is touched.
-        phase = phases.build(config, tuple(dataset.classes), "flow" if is_flow(dataset) else "rgb")
+        resumed = checkpoint.newest(run / "checkpoints") is not None
+        modality = "flow" if is_flow(dataset) else "rgb"
+        phase = phases.build(config, tuple(dataset.classes), modality, resumed=resumed)
         with contextlib.closing(_Trainer(config, run, dataset, phase, place, say)) as trainer:
             with contextlib.ExitStack() as lock:
                 place.on_main(lambda: _adopt(lock, run, config))
@@ -108,7 +111,7 @@ class _Trainer:
                 )
             self.eval_loader = self._loader(config.data.eval_split, training=False)
         phase.place(place)
-        self.stepper = Stepper(config, phase, place, len(self.loader) * config.passes)
+        self.stepper = Stepper(config, phase, place, len(self.loader))
         if config.distill.teacher_cache and phase.teacher is not None:
             folder, digest = Path(config.distill.teacher_cache), dataset.info["index_digest"]
             phase.teacher.remember(folder, digest, self.loader.rows, self.stepper.dtype)
@@ -172,7 +175,12 @@ class _Trainer:
         assert self.eval_loader is not None
         model = self.stepper.results["recognizer"]
         self.place.same_buffers(model)
-        result = recognition.evaluate(model, self.eval_loader, self.place, self.stepper.dtype)
+        try:
+            result = recognition.evaluate(model, self.eval_loader, self.place, self.stepper.dtype)
+        except NotFinite as problem:
+            # The losses did not show it yet. The checkpoint of this step would only lead here again.
+            self.place.on_main(lambda: checkpoint.set_aside(self.run / "checkpoints", self.step))
+            raise self._diverged(f"by step {self.step}: {str(problem).split(';')[0]}") from None
         if metrics:
             values = {"epoch": epoch, "top1": result.top1, "top5": result.top5, "loss": result.loss}
             metrics.write("eval", self.step, values)
@@ -195,6 +203,7 @@ class _Trainer:
         state = {
             "step": self.step,
             "index_digest": self.dataset.info["index_digest"],
+            "teacher": self.phase.teacher.digest if self.phase.teacher else "",
             "loader": self.loader.state_dict(),
             "modules": {name: module.state_dict() for name, module in self.phase.modules.items()},
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.stepper.optimizers.items()},
@@ -218,6 +227,10 @@ class _Trainer:
         if state["index_digest"] != self.dataset.info["index_digest"]:
             raise UserError(
                 f"{self.dataset.storage} is not the data set that {self.run} was begun with; use another --out"
+            )
+        if state["teacher"] != (self.phase.teacher.digest if self.phase.teacher else ""):
+            raise UserError(
+                f"teacher={self.config.teacher} has other weights than when {self.run} was begun; use another --out"
             )
         for name, module in self.phase.modules.items():
             module.load_state_dict(state["modules"][name])
@@ -243,7 +256,7 @@ class _Trainer:
             "phase": self.config.phase, "steps": self.step, "epochs": self.loader.epoch // self.config.passes,
             "weights": str(self.run / "weights"), "best": self.selection.best,
         }  # fmt: skip
-        if self.selection.exhausted and self.place.is_main:
+        if result["epochs"] < self.config.epochs and self.place.is_main:
             self.say(f"ended after epoch {result['epochs']}: no better top-1 for {self.config.patience} evaluations")
 
         def write() -> None:
@@ -281,21 +294,20 @@ class _Trainer:
         try:
             return check()
         except Diverged as problem:
-            raise self._diverged(f"at step {problem.step + 1}: {', '.join(problem.terms)} is not finite") from None
+            raise self._diverged(f"at step {problem.step + 1}: {' and '.join(problem.terms)} not finite") from None
 
     def _refuse_broken_weights(self) -> None:
         """A step with finite losses may still have left weights that are not; such a checkpoint would be no good."""
         for name, module in self.phase.modules.items():
-            norms = torch._foreach_norm(list(module.parameters()))
+            norms = torch._foreach_norm(list(module.parameters()), float("inf"))
             if not bool(torch.stack([norm.float() for norm in norms]).isfinite().all()):
                 raise self._diverged(f"by step {self.step}: the {name}'s weights are not finite")
 
     def _diverged(self, how: str) -> UserError:
         last = checkpoint.newest(self.run / "checkpoints")
         state = f"the last good state is {last}" if last else "no state had been saved before"
-        return UserError(
-            f"the run diverged {how}; begin another run with a lower optimizer.lr or with grad_clip ({state})"
-        )
+        rate = "optimizer.lr or cvae_optimizer.lr" if "cvae" in self.phase.modules else "optimizer.lr"
+        return UserError(f"the run diverged {how}; begin another run with a lower {rate}, or with grad_clip ({state})")
 
     def _stops(self, stop: _StopRequest) -> bool:
         """Whether any rank was told to stop; with several ranks they agree at log steps, where they wait anyway."""

@@ -57,18 +57,19 @@ class Meter:
     def refuse_divergence(self) -> None:
         """Raises Diverged, on every rank, if any of them met a term that is not finite. Waits for the device."""
         own = [
-            (step, f"{stage}/{name}")
-            for stage, sums in self._stages.items()
+            (step, order, f"{stage}/{name}")
+            for order, (stage, sums) in enumerate(self._stages.items())
             for name, step in zip(sums.names, sums.bad_since.tolist(), strict=True)
             if math.isfinite(step)
         ]
         found = [entry for entries in self._ranks.gather(own) for entry in entries]
         if found:
-            first = min(step for step, _ in found)
-            names = {name for step, name in found if step == first}
+            # What a later stage of the step met may come from the one before.
+            first = min((step, order) for step, order, _ in found)
+            names = {name for step, order, name in found if (step, order) == first}
             # A total is not finite because one of its terms is not.
             terms = {name for name in names if not name.endswith("/total")} or names
-            raise Diverged(int(first), sorted(terms))
+            raise Diverged(int(first[0]), sorted(terms))
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's sums, so that a resumed run logs the same means."""

@@ -20,8 +20,8 @@ from .phases import Noise, Phase, Turn
 class Stepper:
     """The optimizers of a phase and how they are stepped. The phase must be on its device already."""
 
-    def __init__(self, config: TrainConfig, phase: Phase, place: Ranks, steps_per_epoch: int):
-        self.config, self.phase, self.place, self.steps_per_epoch = config, phase, place, steps_per_epoch
+    def __init__(self, config: TrainConfig, phase: Phase, place: Ranks, steps_per_pass: int):
+        self.config, self.phase, self.place, self.steps_per_pass = config, phase, place, steps_per_pass
         self.optimizers = {
             name: optimizers.build(self.settings(name), module, place.device) for name, module in phase.modules.items()
         }
@@ -47,6 +47,7 @@ class Stepper:
         weight = batch.count * self.place.world_size / batch.total
         if self.dtype == torch.float32:
             batch = dataclasses.replace(batch, clips=batch.clips.float())
+        own = step - (draw - draw // passes) * self.steps_per_pass  # steps of a module's own, before this one
         only = None if passes == 1 else ("cvae", "recognizer")[draw % passes]
         stages = self.phase.stages(batch, Turn(draw // passes + 1, draw, self._noise(batch, draw), only))
         while True:
@@ -56,7 +57,7 @@ class Stepper:
                 break
             optimizer = self.optimizers[stage.module]
             rate = optimizers.learning_rate(
-                self.settings(stage.module), step, self.steps_per_epoch, config.epochs * self.steps_per_epoch
+                self.settings(stage.module), own, self.steps_per_pass, config.epochs * self.steps_per_pass
             )
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -68,10 +69,10 @@ class Stepper:
                     self.scaler.unscale_(optimizer)
                     torch.nn.utils.clip_grad_norm_(self.phase.modules[stage.module].parameters(), config.grad_clip)
                 self.scaler.step(optimizer)
+            if self.averages is not None:
+                self.averages.update(stage.module, own)
             meter.update(stage.module, stage.terms, batch.count, step)
         self.scaler.update()
-        if self.averages is not None:
-            self.averages.update(step)
 
     def _noise(self, batch: Batch, draw: int) -> Noise | None:
         if "cvae" not in self.phase.modules:

@@ -61,6 +61,7 @@ def test_a_file_stands_on_its_base_and_wins_over_it(tmp_path):
     assert load(write(tmp_path / "of.yaml", "base: demo\n"), "teacher") == load("demo", "teacher")
     for text, words in (
         ("base: of.yaml", "leads back to itself"),
+        (f"base: ../{tmp_path.name}/of.yaml", "leads back to itself"),
         ("base: [demo]", "preset's name"),
         ("base: dmeo", "did you mean 'demo'"),
     ):
@@ -69,6 +70,12 @@ def test_a_file_stands_on_its_base_and_wins_over_it(tmp_path):
 
 
 def test_method_is_short_for_the_distillations_method(tmp_path):
+    """In each file and override of its own, so that what comes later wins."""
+    path = write(tmp_path / "m.yaml", "method: none\n")
+    assert load(path, "distill", ["distill.method=logits"]).distill.method == "logits"
+    over = write(tmp_path / "n.yaml", "base: m.yaml\ndistill: {method: features}\n")
+    assert load(over, "distill").distill.method == "features"
+    assert load(over, "distill", ["method=logits"]).distill.method == "logits"
     assert load("demo", "distill", ["method=logits"]).distill.method == "logits"
     assert load(write(tmp_path / "c.yaml", "method: none\n"), "distill").distill.method == "none"
     with pytest.raises(UserError, match=r"override 'method=hinton'.*distill\.method.*generative"):
@@ -106,7 +113,7 @@ def test_configuration_is_frozen():
         (["epochs=1.5"], ["epochs", "1.5"]),
         (["epochs=0"], ["epochs", "greater"]),
         (["data.flip=2"], ["data.flip", "1"]),
-        (["model.width=0.3"], ["width", "1/32"]),
+        (["model.width=0.3"], ["width", "1/16"]),
         (["data.scales=[1.5]"], ["scales"]),
         (["data.std=[1,0,1]"], ["std"]),
         (["epochs"], ["key=value"]),

@@ -13,13 +13,13 @@ def test_averages_follow_by_hand():
     with torch.no_grad():
         module.weight.fill_(2.0)  # it was 1
     module.running_mean.fill_(7.0)
-    averages.update(0)
+    averages.update("net", 0)
     assert averages.modules["net"].weight.item() == pytest.approx(0.1 * 1 + 0.9 * 2)
     with torch.no_grad():
         module.weight.fill_(0.0)
-    averages.update(1)
+    averages.update("net", 1)
     assert averages.modules["net"].weight.item() == pytest.approx(2 / 11 * 1.9)
-    averages.update(1000)
+    averages.update("net", 1000)
     assert averages.modules["net"].weight.item() == pytest.approx(0.5 * 2 / 11 * 1.9)
     assert averages.modules["net"].running_mean.item() == 7 and not averages.modules["net"].training
     assert module.weight.requires_grad and not averages.modules["net"].weight.requires_grad

@@ -13,11 +13,14 @@ from .teacher import Teacher
 __all__ = ["Noise", "Phase", "Stage", "Turn", "build"]
 
 
-def build(config: TrainConfig, classes: tuple[str, ...], modality: str = "rgb") -> Phase:
-    """The phase that a configuration asks for, its modules built and initialized, on the CPU. modality: of the data."""
-    if config.phase == "teacher":
-        return Teacher(config, classes, modality)
-    if config.phase == "representation":
-        return Representation(config, classes, modality)
-    vae = METHODS[config.distill.method].vae
-    return Distillation(config, classes, modality) if vae else Student(config, classes, modality)
+def build(config: TrainConfig, classes: tuple[str, ...], modality: str = "rgb", *, resumed: bool = False) -> Phase:
+    """The phase that a configuration asks for, its modules built and initialized, on the CPU.
+
+    modality: of the data; resumed: its weights will come from a checkpoint, so those of init= are not looked for.
+    """
+    kind: type[Phase]
+    if config.phase == "distill":
+        kind = Distillation if METHODS[config.distill.method].vae else Student
+    else:
+        kind = Teacher if config.phase == "teacher" else Representation
+    return kind(config, classes, modality, resumed)

@@ -57,11 +57,12 @@ class Phase:
     uses_cvae = False
     part: Callable[[str], contextlib.AbstractContextManager] = staticmethod(contextlib.nullcontext)
 
-    def __init__(self, config: TrainConfig, classes: tuple[str, ...], modality: str = "rgb"):
+    def __init__(self, config: TrainConfig, classes: tuple[str, ...], modality: str = "rgb", resumed: bool = False):
         self.config = config
         data = config.data
+        model = config.model.model_copy(update={"stem": config.model.stem_of(config.compat)})
         self.card = checkpoints.ModelCard(
-            model=config.model, classes=classes, clip_length=data.clip_length, size=data.size,
+            model=model, classes=classes, clip_length=data.clip_length, size=data.size,
             attention=self.uses_attention, compat=config.compat, data=data.model_dump(mode="json"),
             modality=modality,
         )  # fmt: skip
@@ -75,7 +76,7 @@ class Phase:
         self.frozen: dict[str, nn.Module] = {}
         self.teacher: FrozenTeacher | None = None
         self.nets = dict(self.modules)
-        if config.init:
+        if config.init and not resumed:
             self._initialize(config.init)
 
     def _initialize(self, place: str) -> None:

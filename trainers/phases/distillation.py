@@ -15,9 +15,9 @@ from .representation import Representation
 class Distillation(Representation):
     """Representation's two stages, each with a term that follows the teacher, as far as the method has them."""
 
-    def __init__(self, config: TrainConfig, classes: tuple[str, ...], modality: str = "rgb"):
+    def __init__(self, config: TrainConfig, classes: tuple[str, ...], modality: str = "rgb", resumed: bool = False):
         method = METHODS[config.distill.method]
-        super().__init__(config, classes, modality)
+        super().__init__(config, classes, modality, resumed)
         self.teacher = FrozenTeacher(config, self.card, method)
         self.method, self.frozen = method, self.teacher.modules
 

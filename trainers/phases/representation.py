@@ -23,8 +23,8 @@ class Representation(Phase):
 
     uses_cvae = True
 
-    def __init__(self, config: TrainConfig, classes: tuple[str, ...], modality: str = "rgb"):
-        super().__init__(config, classes, modality)
+    def __init__(self, config: TrainConfig, classes: tuple[str, ...], modality: str = "rgb", resumed: bool = False):
+        super().__init__(config, classes, modality, resumed)
         if config.phase == "representation" and not config.init:
             log.warning("no init=RUN: the teacher's backbone starts from random weights")
 

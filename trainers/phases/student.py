@@ -16,8 +16,8 @@ from .base import Phase, Stage, Turn
 class Student(Phase):
     """Attention-weighted classifier: cross entropy, and the loss of `distill.method` against the teacher's outputs."""
 
-    def __init__(self, config: TrainConfig, classes: tuple[str, ...], modality: str = "rgb"):
-        super().__init__(config, classes, modality)
+    def __init__(self, config: TrainConfig, classes: tuple[str, ...], modality: str = "rgb", resumed: bool = False):
+        super().__init__(config, classes, modality, resumed)
         self.method = METHODS[config.distill.method]
         if self.method.needs_teacher:
             self.teacher = FrozenTeacher(config, self.card, self.method)
