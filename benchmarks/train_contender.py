@@ -38,7 +38,8 @@ class _Parts:
     """Seconds of each part, the device waited for at both ends."""
 
     def __init__(self, device: torch.device):
-        self.device, self.seconds = device, defaultdict(float)
+        self.device = device
+        self.seconds: dict[str, float] = defaultdict(float)
         self.active = False
 
     @contextlib.contextmanager
@@ -78,9 +79,7 @@ class _Contender:
         if is_reference:
             self.passes = 2
             teacher, cvae = checkpoints.load_recognizer(job["teacher"])[0], checkpoints.load_cvae(job["teacher"])
-            schedule = ReferenceSchedule(
-                self.phase.recognizer, self.phase.modules["cvae"], teacher, cvae, device, self.parts
-            )
+            schedule = ReferenceSchedule(self.phase.recognizer, self.phase.cvae, teacher, cvae, device, self.parts)
             self.work = lambda batches, number: (
                 schedule.network_pass(batches, 1) if number else schedule.vae_pass(batches)
             )

@@ -128,7 +128,7 @@ def _description(card: ModelCard, config: TrainConfig | None) -> str:
             "teacher": ", trained on labels alone",
             "representation": ", trained with an attention head and a conditional VAE to be a teacher",
             "distill": ", a student distilled from a teacher's features by generative knowledge distillation"
-            if config.method == "generative"
+            if config.distill.method == "generative"
             else ", a student trained without distillation",
         }[config.phase]
     net = "I3D" if card.model.temporal == "full" else "top-heavy I3D"
@@ -194,7 +194,7 @@ def _metrics(run: Path, config: TrainConfig | None) -> dict[str, Any]:
 
 
 def _teacher(config: TrainConfig) -> dict[str, Any]:
-    found: dict[str, Any] = {"place": config.teacher, "method": config.method}
+    found: dict[str, Any] = {"place": config.teacher, "method": config.distill.method}
     try:
         card = read_card(config.teacher)
     except UserError:  # moved or gone since; the configuration's word is all there is

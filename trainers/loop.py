@@ -252,12 +252,13 @@ class _Trainer:
 
     def finish(self) -> dict[str, Any]:
         """Weights for others to load, and result.json, whose presence says that the run is finished."""
-        result = {
-            "phase": self.config.phase, "steps": self.step, "epochs": self.loader.epoch // self.config.passes,
+        epochs = self.loader.epoch // self.config.passes
+        result: dict[str, Any] = {
+            "phase": self.config.phase, "steps": self.step, "epochs": epochs,
             "weights": str(self.run / "weights"), "best": self.selection.best,
         }  # fmt: skip
-        if result["epochs"] < self.config.epochs and self.place.is_main:
-            self.say(f"ended after epoch {result['epochs']}: no better top-1 for {self.config.patience} evaluations")
+        if epochs < self.config.epochs and self.place.is_main:
+            self.say(f"ended after epoch {epochs}: no better top-1 for {self.config.patience} evaluations")
 
         def write() -> None:
             if self.config.keep == "best":

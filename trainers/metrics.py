@@ -43,7 +43,7 @@ class Meter:
         own = [torch.cat([self._stages[s].total, self._stages[s].total.new_tensor([self._stages[s].clips])])
                for s in stages]  # fmt: skip
         sums = iter(self._ranks.sum(torch.cat(own)).tolist())
-        means = {}
+        means: dict[str, float] = {}
         for stage in stages:
             totals = [next(sums) for _ in self._stages[stage].names]
             clips = next(sums)

@@ -55,10 +55,10 @@ class Phase:
 
     uses_attention = True
     uses_cvae = False
-    part: Callable[[str], contextlib.AbstractContextManager] = staticmethod(contextlib.nullcontext)
 
     def __init__(self, config: TrainConfig, classes: tuple[str, ...], modality: str = "rgb", resumed: bool = False):
         self.config = config
+        self.part: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext
         data = config.data
         model = config.model.model_copy(update={"stem": config.model.stem_of(config.compat)})
         self.card = checkpoints.ModelCard(
