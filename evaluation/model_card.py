@@ -25,6 +25,7 @@ from ..models.checkpoints import ModelCard, read_card
 from ..models.complexity import complexity
 from ..preprocessing.shards import Dataset
 from ..trainers import metrics
+from ..trainers.methods import METHODS
 from .formats import FORMATS, Source
 from .recognition import data_config
 
@@ -127,9 +128,7 @@ def _description(card: ModelCard, config: TrainConfig | None) -> str:
         how = {
             "teacher": ", trained on labels alone",
             "representation": ", trained with an attention head and a conditional VAE to be a teacher",
-            "distill": ", a student distilled from a teacher's features by generative knowledge distillation"
-            if config.distill.method == "generative"
-            else ", a student trained without distillation",
+            "distill": f", a student trained with {METHODS[config.distill.method].title}",
         }[config.phase]
     net = "I3D" if card.model.temporal == "full" else "top-heavy I3D"
     what = "RGB video" if card.modality == "rgb" else "optical flow"
