@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..errors import UserError
 
@@ -47,10 +48,15 @@ class Unit3D(nn.Module):
         super().__init__()
         self.kernel, self.stride = kernel, stride
         self.conv3d = nn.Conv3d(inputs, outputs, self.kernel, self.stride, bias=False)
-        self.bn = nn.BatchNorm3d(outputs, eps=1e-3, momentum=momentum)
+        self.bn: nn.Module = nn.BatchNorm3d(outputs, eps=1e-3, momentum=momentum)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.bn(self.conv3d(_pad(x, self.kernel, self.stride))), inplace=True)
+
+    def fold(self) -> None:
+        """Makes the batch norm, with its running statistics, part of the convolution: for networks that only run."""
+        if isinstance(self.bn, nn.BatchNorm3d):
+            self.conv3d, self.bn = fuse_conv_bn_eval(self.conv3d, self.bn), nn.Identity()
 
 
 class MaxPool3dSame(nn.Module):
@@ -146,6 +152,13 @@ class I3D(nn.Module):
             if name in self.endpoints:
                 found[name] = x
         return found
+
+
+def fold_batch_norm(network: nn.Module) -> None:
+    """Folds every batch norm of a network in eval mode into its convolution. The outputs stay, but for rounding."""
+    for module in network.modules():
+        if isinstance(module, Unit3D):
+            module.fold()
 
 
 def feature_shape(clip_length: int, size: int, width: float) -> tuple[int, int, int, int]:

@@ -16,6 +16,7 @@ from ..configs.schema import TrainConfig
 from ..errors import UserError, explain_os_error
 from ..files import write_atomically
 from ..models import checkpoints
+from ..models.i3d import fold_batch_norm
 from ..models.recognizer import ENDPOINT
 from ..pipelines.loader import Batch
 from .methods import Method, Outputs
@@ -47,6 +48,7 @@ class FrozenTeacher:
         self.modules: dict[str, nn.Module] = {"teacher": self.recognizer}
         if method.follows_vae:
             self.modules["teacher_cvae"] = checkpoints.load_cvae(self.place)
+        fold_batch_norm(self.recognizer)
         for module in self.modules.values():
             module.requires_grad_(False)
         self._cache: TeacherCache | None = None

@@ -3,12 +3,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from genkd.configs.schema import ModelConfig
 from genkd.errors import UserError
 from genkd.models.attention import AttentionHead
 from genkd.models.cvae import ConditionalVAE
-from genkd.models.i3d import I3D, feature_shape, same_padding
+from genkd.models.i3d import I3D, feature_shape, fold_batch_norm, same_padding
 from genkd.models.recognizer import Recognizer, build, build_cvae, foreground
 
 SMALL = ModelConfig(width=0.25, dropout=0.0)
@@ -66,6 +67,27 @@ def test_the_top_heavy_net_is_flat_up_to_mixed_4c():
     assert kernels == {f"Mixed_{n}.b1b": 1 if n in ("3b", "3c", "4b", "4c") else 3 for n in
                        ("3b", "3c", "4b", "4c", "4d", "4e", "4f", "5b", "5c")}  # fmt: skip
     assert net.Conv3d_1a_7x7.kernel == (1, 7, 7) and I3D(width=0.25).Conv3d_1a_7x7.kernel == (7, 7, 7)
+
+
+def test_folding_batch_norm_changes_no_output():
+    torch.manual_seed(0)
+    model = build(SMALL, 5, 16, 64)
+    clips = torch.randn(2, 3, 16, 64, 64)
+    model.train()
+    model(3 * clips + 1)  # statistics that are not 0 and 1
+    for name, value in model.named_parameters():
+        if ".bn." in name:
+            nn.init.uniform_(value, 0.5, 1.5)
+    model.eval()
+    with torch.inference_mode():
+        want = model(clips)
+        fold_batch_norm(model)
+        got = model(clips)
+        fold_batch_norm(model)  # once is enough
+    assert not [module for module in model.modules() if isinstance(module, nn.BatchNorm3d)]
+    for one, other in ((got.logits, want.logits), (got.attention, want.attention)):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert want.features["Mixed_5c"].std() > 0.01
 
 
 def test_clips_that_are_too_small_are_refused():
