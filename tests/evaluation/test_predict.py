@@ -1,4 +1,6 @@
+import errno
 import json
+from pathlib import Path
 
 import av
 import cv2
@@ -287,6 +289,87 @@ def test_a_broken_file_does_not_stop_the_others(weights, avi, tmp_path):
     assert len(lines) == 2 and all(name in done.stderr for name in ("broken.mp4: ", "cut.avi: "))
 
 
+def test_inputs_and_results_are_never_overwritten(weights, avi, tmp_path):
+    source = tmp_path / "one.mp4"
+    source.write_bytes(avi[0].read_bytes())
+    link = tmp_path / "link.json"
+    link.symlink_to(source)
+    file = weights / "recognizer.safetensors"
+    before = file.read_bytes()
+    for options, words in (
+        (["--out", source], f"--out {source} would write over the video {source}"),
+        (["--out", link], f"would write over the video {source}"),
+        (["--out", file], f"would write over the weights {file}"),
+        (["--render", tmp_path / "seen.mp4", "--out", tmp_path / "seen.mp4"], "would write over the rendering"),
+    ):
+        done = run(source, "--weights", weights, *options)
+        assert done.exit_code == 1 and words in done.stderr
+    assert source.read_bytes() == avi[0].read_bytes() and file.read_bytes() == before and link.is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.json", "one.mp4"]
+
+
+def test_places_that_cannot_be_written_are_found_before_the_first_window(weights, avi, tmp_path, monkeypatch):
+    monkeypatch.setattr(Predictor, "predict", lambda *arguments: pytest.fail("a video was scored"))
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.mp4").mkdir()
+    for options, words in (
+        (["--out", tmp_path / "file" / "found.json"], "file is a file; name a folder"),
+        (["--render", tmp_path / "file" / "seen.mp4"], "file is a file; name a folder"),
+        (["--out", tmp_path], "is a folder; name a file"),
+    ):
+        done = run(avi[0], "--weights", weights, *options)
+        assert done.exit_code == 1 and words in done.stderr
+
+
+def test_what_was_found_is_printed_even_where_it_cannot_be_written_any_more(weights, avi, tmp_path, monkeypatch):
+    def full(path, value):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("genkd.evaluation.predict.write_json", full)
+    done = run(avi[0], "--weights", weights, "--out", tmp_path / "found.json", "--json")
+    assert done.exit_code == 1 and json.loads(done.stdout)["videos"][0]["windows"] and "no space left" in done.stderr
+
+
+def test_scores_that_are_not_finite_are_one_sentence(make_weights, avi):
+    folder = make_weights()
+    model, card = load_recognizer(folder)
+    model.logits.bias.data[2] = float("nan")
+    save_weights(folder, card, {"recognizer": model})
+    done = run(avi[0], "--weights", folder, "--short-side", 48, "--json")
+    assert done.exit_code == 1 and not done.stdout
+    assert f"{avi[0]}: the window from frame 0 has scores that are nan or infinite" in done.stderr
+    assert "--precision fp32" in done.stderr
+
+
+def test_several_ranks_are_refused(weights, avi, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    done = run(avi[0], "--weights", weights)
+    assert done.exit_code == 1 and "torchrun started 4; start it without torchrun" in done.stderr
+
+
+def test_a_relative_data_set_is_found_from_any_working_directory(
+    make_weights, shard_sets, tmp_path, monkeypatch, caplog
+):
+    """PROJECT/runs/w was trained in PROJECT on data/own."""
+    project = tmp_path / "project"
+    (project / "data").mkdir(parents=True)
+    (project / "data" / "own").symlink_to(shard_sets("vp9").path)
+    (project / "runs").mkdir()
+    made = make_weights("data.dataset=data/own").rename(project / "runs" / "w")
+    for folder, place in ((project, "runs/w"), (project / "runs", "w"), (tmp_path, made)):
+        monkeypatch.chdir(folder)
+        found = Predictor(Path(place)).storing
+        assert found.video.short_side == 48 and found.origin.endswith("data/own")
+    assert not caplog.records
+    moved = made.rename(tmp_path / "w")
+    assert Predictor(moved).storing.video.short_side == 256
+    (told,) = (record.getMessage() for record in caplog.records)
+    assert "the data set data/own of these weights is not here" in told
+    assert "own frame rate (--fps)" in told and "a short side of 256 pixels (--short-side)" in told
+    Predictor(moved, PredictSettings(fps=25, short_side=48))
+    assert len(caplog.records) == 1, "what is given needs no warning"
+
+
 def test_on_the_terminal(weights, avi):
     done = run(avi[0], "--weights", weights, "--top", 3)
     assert done.exit_code == 0 and "00:01.6 at 25 frames/s, 2 windows" in done.stdout
@@ -302,6 +385,7 @@ def test_on_the_terminal(weights, avi):
         (["nowhere.mp4"], "no file or folder matches"),
         (["{avi}", "--device", "cuda"], "device=cuda"),
         (["{avi}", "{other}", "--render", "one.mp4"], "is one file, but there are 2 videos"),
+        (["{avi}", "--render", "seen.avi"], "renderings are MP4 only; name a folder or a .mp4 file"),
     ],
 )
 def test_bad_input_is_one_sentence(weights, avi, videos, arguments, words):
