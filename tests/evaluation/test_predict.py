@@ -1,4 +1,3 @@
-import errno
 import json
 from pathlib import Path
 
@@ -287,64 +286,6 @@ def test_a_broken_file_does_not_stop_the_others(weights, avi, tmp_path):
     assert "cut off" in by_name["cut.avi"]["error"] and by_name["cut.avi"]["windows"], "what could be read is scored"
     lines = [line for line in done.stderr.splitlines() if str(tmp_path) in line]
     assert len(lines) == 2 and all(name in done.stderr for name in ("broken.mp4: ", "cut.avi: "))
-
-
-def test_inputs_and_results_are_never_overwritten(weights, avi, tmp_path):
-    source = tmp_path / "one.mp4"
-    source.write_bytes(avi[0].read_bytes())
-    link = tmp_path / "link.json"
-    link.symlink_to(source)
-    file = weights / "recognizer.safetensors"
-    before = file.read_bytes()
-    for options, words in (
-        (["--out", source], f"--out {source} would write over the video {source}"),
-        (["--out", link], f"would write over the video {source}"),
-        (["--out", file], f"would write over the weights {file}"),
-        (["--render", tmp_path / "seen.mp4", "--out", tmp_path / "seen.mp4"], "would write over the rendering"),
-    ):
-        done = run(source, "--weights", weights, *options)
-        assert done.exit_code == 1 and words in done.stderr
-    assert source.read_bytes() == avi[0].read_bytes() and file.read_bytes() == before and link.is_symlink()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.json", "one.mp4"]
-
-
-def test_places_that_cannot_be_written_are_found_before_the_first_window(weights, avi, tmp_path, monkeypatch):
-    monkeypatch.setattr(Predictor, "predict", lambda *arguments: pytest.fail("a video was scored"))
-    (tmp_path / "file").touch()
-    (tmp_path / "folder.mp4").mkdir()
-    for options, words in (
-        (["--out", tmp_path / "file" / "found.json"], "file is a file; name a folder"),
-        (["--render", tmp_path / "file" / "seen.mp4"], "file is a file; name a folder"),
-        (["--out", tmp_path], "is a folder; name a file"),
-    ):
-        done = run(avi[0], "--weights", weights, *options)
-        assert done.exit_code == 1 and words in done.stderr
-
-
-def test_what_was_found_is_printed_even_where_it_cannot_be_written_any_more(weights, avi, tmp_path, monkeypatch):
-    def full(path, value):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("genkd.evaluation.predict.write_json", full)
-    done = run(avi[0], "--weights", weights, "--out", tmp_path / "found.json", "--json")
-    assert done.exit_code == 1 and json.loads(done.stdout)["videos"][0]["windows"] and "no space left" in done.stderr
-
-
-def test_scores_that_are_not_finite_are_one_sentence(make_weights, avi):
-    folder = make_weights()
-    model, card = load_recognizer(folder)
-    model.logits.bias.data[2] = float("nan")
-    save_weights(folder, card, {"recognizer": model})
-    done = run(avi[0], "--weights", folder, "--short-side", 48, "--json")
-    assert done.exit_code == 1 and not done.stdout
-    assert f"{avi[0]}: the window from frame 0 has scores that are nan or infinite" in done.stderr
-    assert "--precision fp32" in done.stderr
-
-
-def test_several_ranks_are_refused(weights, avi, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    done = run(avi[0], "--weights", weights)
-    assert done.exit_code == 1 and "torchrun started 4; start it without torchrun" in done.stderr
 
 
 def test_a_relative_data_set_is_found_from_any_working_directory(
