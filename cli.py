@@ -29,7 +29,11 @@ class _Group(click.Group):
             click.echo(f"{stopped}; run the same command to continue", err=True)
             sys.exit(stopped.exit_code)
         except KeyboardInterrupt:
-            click.echo("interrupted; the same command goes on with what is not finished", err=True)
+            click.echo(
+                "interrupted; run the same command again: finished shards, checkpoints, splits and demo steps are "
+                "kept, other work starts over",
+                err=True,
+            )
             sys.exit(130)
         except BrokenPipeError:
             raise

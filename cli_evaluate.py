@@ -42,31 +42,37 @@ def recognition(weights: tuple[Path, ...], datasets: tuple[str | Path, ...], out
                 as_json: bool, crops: str, **options: Any) -> None:  # fmt: skip
     """Top-1, top-5 and mean class accuracy, calibration error and likelihood of WEIGHTS (run folders or weights files).
 
-    Several WEIGHTS are evaluated each on its data set; then come mean and standard deviation over them. With --out a
-    rerun keeps what is finished, and evaluates again what was made from other weights, data or settings.
+    Several WEIGHTS are evaluated each on its data set; then come mean and standard deviation over them, and with --out
+    a rerun keeps the ones that are finished, and evaluates again what was made from other weights, data or settings.
+    A single one is evaluated anew at every run.
     """
-    from .evaluation.recognition import Settings, evaluate_weights
+    from .evaluation.recognition import Settings, Unwritten, evaluate_weights
     from .evaluation.splits import evaluate_splits
     from .progress import bar
     from .tables import recognition_tables, show, split_tables
 
     main_rank = int(os.environ.get("RANK", "0")) == 0
-    if len(weights) == 1 and len(datasets) == 1:
-        with bar("scoring", "clips") as progress:
-            values = evaluate_weights(
-                weights[0], datasets[0], out, crops=int(crops), device=device, progress=progress, **options
-            )
-        tables = recognition_tables
-    elif len(weights) == 1:
+    problem = None
+    if len(weights) == 1 and len(datasets) > 1:
         raise UserError(f"one set of weights, but {len(datasets)} data sets; give one")
-    else:
-        values = evaluate_splits(
-            weights, datasets, out, Settings(crops=int(crops), **options), device=device,
-            progress=lambda name: bar(f"scoring {name}", "clips"),
-        )  # fmt: skip
-        tables = split_tables
+    try:
+        if len(weights) == 1:
+            with bar("scoring", "clips") as progress:
+                values = evaluate_weights(
+                    weights[0], datasets[0], out, crops=int(crops), device=device, progress=progress, **options
+                )
+        else:
+            values = evaluate_splits(
+                weights, datasets, out, Settings(crops=int(crops), **options), device=device,
+                progress=lambda name: bar(f"scoring {name}", "clips"),
+            )  # fmt: skip
+    except Unwritten as error:  # hours of scoring are not to be lost with the file
+        values, problem = error.values, error
     if main_rank:
+        tables = split_tables if "splits" in values else recognition_tables
         click.echo(json.dumps(values, indent=2)) if as_json else show(tables(values))
+    if problem:
+        raise problem
 
 
 @click.command()

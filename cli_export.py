@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from .cli_options import FOLDER, PLACE, examples
+from .cli_options import FOLDER, PLACE, examples, refuse_ranks
 
 _FORMATS = ("safetensors", "onnx", "torch-export")
 
@@ -41,6 +41,7 @@ def export(run: Path, out: Path, as_json: bool, **options: Any) -> None:
     from .progress import bar
     from .tables import export_tables, show
 
+    refuse_ranks("export")
     with bar("exporting", "steps") as progress:
         values = write(run, out, on_start=progress.start, on_step=progress.add, **options)
     if not values["check"]["real"]:

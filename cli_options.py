@@ -11,6 +11,8 @@ from typing import Any
 
 import click
 
+from .errors import UserError
+
 FOLDER = click.Path(path_type=Path)
 CORES = len(os.sched_getaffinity(0))
 WORKERS = click.option(
@@ -51,6 +53,15 @@ def examples(text: str) -> Callable:
         return function
 
     return add
+
+
+def refuse_ranks(command: str) -> None:
+    """Raises UserError under torchrun with several ranks, each of which would do all the work and write the files."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size.isdigit() and int(size) > 1:
+        raise UserError(
+            f"`genkd {command}` works in one process, but torchrun started {size}; start it without torchrun"
+        )
 
 
 def with_options(*options: Callable) -> Callable:

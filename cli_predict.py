@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from .cli_options import FOLDER, examples
+from .cli_options import FOLDER, examples, refuse_ranks
 from .errors import UserError
 
 _LARGEST = 2160
@@ -51,49 +51,78 @@ def predict(videos: tuple[str, ...], weights: Path, render: Path | None, render_
     frame rate and is scaled to 256 pixels, as `genkd shard` does. Its windows are clips as in the evaluation; windows
     next to each other with the same best class are joined. A video shorter than a clip is filled up as in training.
 
-    Exits with 1 if any video could not be read to its end; what is said about the others, and about what could be
-    read of it, is complete.
+    Exits with 1 if any video could not be read to its end or not be rendered; what is said about the others, and about
+    what could be read of it, is complete.
     """
     from .evaluation.predict import Predictor, PredictSettings, find_videos, to_json, write
+    from .files import prepare_file
+    from .models.checkpoints import find_weights
     from .progress import bar
 
+    refuse_ranks("predict")
     paths = find_videos(videos)
     targets = _targets(paths, render)
+    _refuse_overwriting(paths, find_weights(weights), targets, out)
     predictor = Predictor(weights, PredictSettings(**options))
+    for place in (*targets.values(), *([out] if out else [])):
+        prepare_file(place)
     with bar("predicting", "windows") as progress:
         progress.start(sum(predictor.expected_windows(path) for path in paths))
         found = [predictor.predict(path, progress.add) for path in paths]
     values = to_json(predictor, found)
+    if not as_json:
+        _show(values["videos"])
+    problems = _render(found, predictor.card.classes, targets, render_side)
     for entry, path in zip(values["videos"], paths, strict=True):
-        entry["rendered"] = str(targets[path]) if path in targets and entry["windows"] else None
-    if out:
-        write(out, values)
+        drawn = path in targets and entry["windows"] and path not in problems
+        entry["rendered"], entry["render_error"] = str(targets[path]) if drawn else None, problems.get(path)
     if as_json:
         click.echo(json.dumps(values, indent=2, ensure_ascii=False))
-    else:
-        _show(values["videos"])
     for entry in values["videos"]:
-        if entry["error"]:
-            click.echo(f"{entry['path']}: {entry['error']}", err=True)
-    _render(found, predictor.card.classes, targets, render_side)
-    sys.exit(1 if values["failed"] else 0)
+        for problem in (entry["error"], entry["render_error"]):
+            if problem:
+                click.echo(f"{entry['path']}: {problem}", err=True)
+    if out:
+        write(out, values)
+    sys.exit(1 if values["failed"] or problems else 0)
 
 
-def _render(found: Sequence[Any], classes: tuple[str, ...], targets: dict[Path, Path], side: int) -> None:
+def _render(found: Sequence[Any], classes: tuple[str, ...], targets: dict[Path, Path], side: int) -> dict[Path, str]:
+    """Renders what was scored; returns what went wrong, by video."""
     from .evaluation.render import render
     from .progress import bar
 
+    problems: dict[Path, str] = {}
     drawn = [entry for entry in found if entry.timeline is not None and entry.path in targets]
     if not drawn:
-        return
+        return problems
     with bar("rendering", "frames") as progress:
         progress.start(sum(entry.frames for entry in drawn))
         for entry in drawn:
-            render(entry, classes, targets[entry.path], most_side=side, on_frame=lambda: progress.add(1))
+            try:
+                render(entry, classes, targets[entry.path], most_side=side, on_frame=lambda: progress.add(1))
+            except UserError as error:  # the other videos are rendered all the same
+                problems[entry.path] = str(error)
+    return problems
+
+
+def _refuse_overwriting(paths: Sequence[Path], weights: Path, targets: dict[Path, Path], out: Path | None) -> None:
+    """Raises UserError where a result would be written over what is read, or over another result."""
+    read = {os.path.realpath(path): f"the video {path}" for path in paths}
+    read[os.path.realpath(weights)] = f"the weights {weights}"
+    for target in targets.values():
+        if os.path.realpath(target) in read:
+            raise UserError(f"--render would write over {read[os.path.realpath(target)]}; choose another place")
+    if out is not None:
+        taken = read | {os.path.realpath(target): f"the rendering {target}" for target in targets.values()}
+        if os.path.realpath(out) in taken:
+            raise UserError(f"--out {out} would write over {taken[os.path.realpath(out)]}; choose another file")
 
 
 def _targets(paths: Sequence[Path], place: Path | None) -> dict[Path, Path]:
     """Where each video's rendering goes: the file `place`, or files below it that are named as the videos are."""
+    from .preprocessing.lookup import video_stem
+
     if place is None:
         return {}
     if place.suffix.lower() == ".mp4" and not place.is_dir():
@@ -103,6 +132,8 @@ def _targets(paths: Sequence[Path], place: Path | None) -> dict[Path, Path]:
     else:
         if place.is_file():
             raise UserError(f"--render {place} is a file that does not end in .mp4; name a folder or a .mp4 file")
+        if not place.is_dir() and video_stem(place.name) != place.name:
+            raise UserError(f"--render {place}: renderings are MP4 only; name a folder or a .mp4 file")
         whole = [Path(os.path.abspath(path)) for path in paths]
         root = os.path.commonpath([path.parent for path in whole])
         names = [os.path.relpath(path, root) for path in whole]
@@ -111,15 +142,10 @@ def _targets(paths: Sequence[Path], place: Path | None) -> dict[Path, Path]:
             path: place / f"{stem if stems.count(stem) == 1 else name}.mp4"
             for path, name, stem in zip(paths, names, stems, strict=True)
         }
-    sources = {os.path.realpath(path) for path in paths}
-    for target in targets.values():
-        if os.path.realpath(target) in sources:
-            raise UserError(f"--render would write over the video {target}; choose another place")
     return targets
 
 
 def _show(videos: Sequence[dict[str, Any]]) -> None:
-    from rich.markup import escape
     from rich.table import Table
 
     from .evaluation.timeline import clock
@@ -137,13 +163,13 @@ def _show(videos: Sequence[dict[str, Any]]) -> None:
         whole = Table("class")
         whole.add_column("score", justify="right")
         for entry in video["top"]:
-            whole.add_row(escape(entry["class"]), f"{100 * entry['score']:.1f} %")
+            whole.add_row(entry["class"], f"{100 * entry['score']:.1f} %")
         parts = Table("from", "to", "class")
         parts.add_column("score", justify="right")
         parts.add_column("windows", justify="right")
         for entry in video["segments"]:
             parts.add_row(
-                clock(entry["start_s"]), clock(entry["end_s"]), escape(entry["class"]),
+                clock(entry["start_s"]), clock(entry["end_s"]), entry["class"],
                 f"{100 * entry['score']:.1f} %", str(entry["windows"]),
             )  # fmt: skip
         show([whole, parts])

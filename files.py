@@ -81,6 +81,33 @@ def is_leftover(name: str, stems: Collection[str]) -> bool:
     return not (other and process_lives(int(process)))
 
 
+def prepare_folder(folder: Path) -> None:
+    """Makes a folder and tries a file in it, before work whose results will go there. Raises UserError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _try_file(folder / "probe")
+    except (FileExistsError, NotADirectoryError):
+        place = next(path for path in (folder, *folder.parents) if path.exists())
+        raise UserError(f"{place} is a file; name a folder") from None
+    except OSError as error:
+        raise UserError(explain_os_error(error, f"writing into {folder}")) from None
+
+
+def prepare_file(path: Path) -> None:
+    """Makes a file's folder and tries whether it can be written there, before work whose result it will hold.
+
+    Also removes what killed processes left half written of it. Raises UserError.
+    """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a file")
+    prepare_folder(path.parent)
+    remove_leftovers(path.parent, (f"{path.name}.",))
+    try:
+        _try_file(path)
+    except OSError as error:
+        raise UserError(explain_os_error(error, f"writing {path}")) from None
+
+
 def process_lives(process: int) -> bool:
     """Whether a process of this machine still runs. One that is dead but was never waited for, as under a container's
     init that collects nothing, does not."""
@@ -113,6 +140,14 @@ def locked(
         yield
     finally:
         os.close(handle)
+
+
+def _try_file(path: Path) -> None:
+    temporary = path.with_name(temporary_name(path.name))
+    try:
+        temporary.write_bytes(b"\0")  # an empty file would fit on a full disk
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

@@ -7,13 +7,15 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 
 def show(tables: Iterable[Table]) -> None:
     """Prints tables to standard output, as wide as they need where that is no terminal."""
-    console = Console(highlight=False)
+    # Names of classes, videos and folders may look like rich's markup, such as [b], or its emoji, such as :star:.
+    console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=140)
+        console = Console(highlight=False, markup=False, emoji=False, width=140)
     for table in tables:
         console.print(table)
 
@@ -164,7 +166,8 @@ def doctor_tables(findings: list[dict[str, Any]]) -> list[Table]:
     """One row a finding."""
     table = _table("this machine", "", "what", "found")
     for entry in findings:
-        table.add_row("[green]ok[/green]" if entry["ok"] else "[red]no[/red]", entry["what"], entry["found"])
+        state = Text("ok", style="green") if entry["ok"] else Text("no", style="red")
+        table.add_row(state, entry["what"], entry["found"])
     return [table]
 
 

@@ -21,7 +21,7 @@ from ..models.checkpoints import ModelCard
 from ..pipelines.loader import Loader
 from ..pipelines.streams import is_flow
 from ..preprocessing.shards import Dataset
-from . import model_card
+from . import model_card, recorded
 from .formats import FORMATS, Outputs, Source, require_packages
 from .recognition import data_config
 
@@ -54,7 +54,7 @@ def export(
     refuse_occupied(out, force)
     source = Source(place)
     on_start(1 + len(formats))
-    run = model_card.run_folder(source.weights)
+    run = recorded.run_folder(source.weights)
     batches, about = _batches(source, data, split, clips)
     wanted = [_run(source.graph, batch) for batch in batches]
     if not all(value.isfinite().all() for outputs in wanted for value in outputs.values()):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from ..files import write_json
+from ..files import prepare_folder, write_json
 from .metrics import RecognitionResult, paired_difference, score, summary, to_json
 from .scores import RESULTS_FILE, SCORES_FILE, ScoreFile, read_scores, refuse_other_layout, score_files, write_scores
 
@@ -80,6 +80,8 @@ def fuse_files(
         refuse_other_layout(out, count)
         _refuse_own_input(out, files)
     splits = [_Split(places, paths, rule) for paths in zip(*files, strict=True)]
+    if out is not None:
+        prepare_folder(out)
     found = [split.fuse(weights) for split in splits]
     values = found[0][1] if count == 1 else _together([values for _, values in found])
     if search:

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from ..errors import UserError
 
+REMEDY_NOT_FINITE = "the weights have diverged, or overflow in this precision: try --precision fp32"
 BINS = 15  # of the reliability diagram, as in Guo et al.
 SHOWN = ("top1", "top5", "mean_class_accuracy", "ece", "loss")  # what is averaged over several splits
 
@@ -31,6 +32,7 @@ class RecognitionResult:
     """Scores (V,K) and labels (V,) of V videos with their index rows, and what follows from them. Shares are 0..1.
 
     rank: (V,) place of the true class among a video's scores, 1 is best. loss: mean negative log-likelihood in nats.
+    confusion: (K,K) videos by true and by best class, the first one of several that are best alike.
     ece: expected calibration error, from the bins of `reliability`. logits: (V,T',K) float32, means over a video's
     views, where they were kept.
     """
@@ -49,9 +51,8 @@ class RecognitionResult:
     logits: np.ndarray | None = None
 
     def per_class(self) -> np.ndarray:
-        """Top-1 accuracy of each class (K,); nan for a class without a video."""
-        with np.errstate(invalid="ignore"):
-            return self.confusion.diagonal() / self.confusion.sum(1)
+        """Top-1 accuracy of each class (K,), of which mean_class is the mean; nan for a class without a video."""
+        return _class_accuracy(self.labels, self.rank, self.scores.shape[1])
 
 
 class NotFinite(UserError):
@@ -74,14 +75,12 @@ def score(
     rank = (scores >= own[:, None]).sum(1)
     confusion = np.zeros((classes, classes), np.int64)
     np.add.at(confusion, (labels, scores.argmax(1)), 1)
-    counts = np.bincount(labels, minlength=classes)
-    hits = np.bincount(labels[rank == 1], minlength=classes)
     sums = scores.sum(1)
     bins = reliability(scores.max(1) / sums, rank == 1)
     return RecognitionResult(
         rows, scores, labels, rank,
         top1=float((rank == 1).mean()), top5=float((rank <= min(5, classes)).mean()),
-        mean_class=float((hits[counts > 0] / counts[counts > 0]).mean()),
+        mean_class=float(np.nanmean(_class_accuracy(labels, rank, classes))),
         loss=float(-np.log(np.clip(own / sums, 1e-12, None)).mean()),
         ece=calibration_error(bins), reliability=bins, confusion=confusion,
     )  # fmt: skip
@@ -166,7 +165,7 @@ def _refuse(rows: np.ndarray, scores: np.ndarray, labels: np.ndarray, keys: Sequ
     if len(bad):
         raise NotFinite(
             f"{len(bad)} of {len(labels)} videos have scores that are nan or infinite, the first is {named(bad[0])}; "
-            "the weights have diverged, or overflow in this precision: try --precision fp32"
+            f"{REMEDY_NOT_FINITE}"
         )
     bad = np.flatnonzero((scores < 0).any(1) | (scores.sum(1) <= 0))
     if len(bad):
@@ -174,6 +173,13 @@ def _refuse(rows: np.ndarray, scores: np.ndarray, labels: np.ndarray, keys: Sequ
             f"{len(bad)} of {len(labels)} videos have scores that are negative or all zero, the first is "
             f"{named(bad[0])}; scores are probabilities, or sums of them"
         )
+
+
+def _class_accuracy(labels: np.ndarray, rank: np.ndarray, classes: int) -> np.ndarray:
+    # By rank, as top1: the confusion matrix counts a tie for the first class, which may be the true one.
+    hits = np.bincount(labels[rank == 1], minlength=classes)
+    with np.errstate(invalid="ignore"):
+        return hits / np.bincount(labels, minlength=classes)
 
 
 def _number(value: float) -> float | None:

@@ -24,8 +24,8 @@ from ..files import json_bytes, write_atomically
 from ..models.checkpoints import ModelCard, read_card
 from ..models.complexity import complexity
 from ..preprocessing.shards import Dataset
-from ..trainers import metrics
 from ..trainers.methods import METHODS
+from . import recorded
 from .formats import FORMATS, Source
 from .recognition import data_config
 
@@ -36,15 +36,9 @@ LICENSE = (
 )
 _SHOWN_CLASSES = 40
 _EVALUATION_KEYS = (
-    "split", "videos", "clips", "crops", "top1", "top5", "mean_class_accuracy", "loss",
+    "split", "videos", "clips", "crops", "top1", "top5", "mean_class_accuracy", "ece", "loss",
     "decoder", "precision", "device",
 )  # fmt: skip
-
-
-def run_folder(weights: Path) -> Path | None:
-    """The training run that a weights file belongs to: RUN/weights/FILE beside RUN/config.yaml; None for others."""
-    run = weights.resolve().parent.parent
-    return run if weights.resolve().parent.name == "weights" and (run / "config.yaml").is_file() else None
 
 
 def describe(
@@ -68,7 +62,7 @@ def describe(
         "architecture": _architecture(card),
         **complexity(source.recognizer, card.clip_length, card.size).to_json(),
         "data_set": own or {"place": str(card.data.get("dataset", "")), "read": False},
-        "metrics": {} if run is None else _metrics(run, config),
+        "metrics": {} if run is None or config is None else _metrics(run, config, source.weights),
         "training": None if config is None else config.model_dump(mode="json"),
         "teacher": None if config is None or not config.teacher else _teacher(config),
         "check": check,
@@ -173,22 +167,15 @@ def _architecture(card: ModelCard) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _metrics(run: Path, config: TrainConfig | None) -> dict[str, Any]:
+def _metrics(run: Path, config: TrainConfig, weights: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    path = run / "evaluation" / "results.json"
-    if path.is_file():
-        try:
-            results = json.loads(path.read_text(encoding="utf-8"))
-            found["evaluation"] = {key: results[key] for key in _EVALUATION_KEYS if key in results}
-        except (ValueError, TypeError):
-            raise UserError(f"{path} is damaged; remove it, or run `genkd evaluate` again") from None
-    try:
-        lines = [line for line in metrics.read(run) if line["kind"] == "eval"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{run / 'metrics.jsonl'} is damaged; remove it, or let the run finish") from None
-    if lines and config is not None:
+    results = recorded.evaluation(run, weights)
+    if results:
+        found["evaluation"] = {key: results[key] for key in _EVALUATION_KEYS if key in results}
+    measured = recorded.training(run, config, weights)
+    if measured:
         about = {"split": config.data.eval_split, "clips": config.data.eval_clips, "crops": 1}
-        found["training"] = about | {key: lines[-1][key] for key in ("epoch", "step", "top1", "top5", "loss")}
+        found["training"] = about | measured
     return found
 
 

@@ -18,11 +18,12 @@ from .. import __version__
 from ..configs.schema import DataConfig
 from ..errors import UserError, explained
 from ..files import write_json
-from ..models.checkpoints import ModelCard, load_recognizer
+from ..models.checkpoints import ModelCard, find_weights, load_recognizer
 from ..preprocessing.decoding import VideoError
 from ..preprocessing.lookup import printable
 from ..preprocessing.sources import scan
 from ..trainers import distributed
+from .metrics import REMEDY_NOT_FINITE, NotFinite
 from .raw_clips import RawClips, Storing, Window, expected_windows, storing
 from .recognition import data_config
 from .timeline import Timeline
@@ -81,8 +82,9 @@ class Predictor:
         model, self.card = load_recognizer(weights)
         self.config: DataConfig = data_config(self.card)
         self.storing: Storing = storing(
-            self.card, fps=settings.fps, short_side=settings.short_side, flow_method=settings.flow_method
-        )
+            self.card, fps=settings.fps, short_side=settings.short_side, flow_method=settings.flow_method,
+            weights=find_weights(weights),
+        )  # fmt: skip
         self.device = distributed.choose_device(settings.device)
         self.dtype = distributed.precision(settings.precision, self.device)
         self._model = model.to(self.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
@@ -97,7 +99,7 @@ class Predictor:
 
     def predict(self, path: Path, on_window: Callable[[int], None] = lambda windows: None) -> Prediction:
         """Streams through one video file; an unreadable one gives a Prediction with an error. on_window: windows
-        scored since the last call."""
+        scored since the last call. Raises NotFinite for scores that are nan or infinite."""
         clips = RawClips(path, self.config, self.storing, self.hop)
         starts: list[int] = []
         scores, attention = [], []
@@ -120,6 +122,8 @@ class Predictor:
             flush()
         except VideoError as error:
             return Prediction(path, error=str(error))
+        except NotFinite as error:
+            raise NotFinite(f"{path}: {error}") from None
         seen = [entry for entry in attention if entry is not None]
         timeline = Timeline(
             np.array(starts) / clips.rate, self.config.clip_length * self.config.stride / clips.rate,
@@ -128,7 +132,10 @@ class Predictor:
         return Prediction(path, clips.rate, clips.count, timeline, clips.problem)
 
     def score(self, windows: Sequence[Window]) -> tuple[np.ndarray, np.ndarray | None]:
-        """Scores (N,K) that add up to 1, and attention (N,T') averaged over the channels, None without a head."""
+        """Scores (N,K) that add up to 1, and attention (N,T') averaged over the channels, None without a head.
+
+        Raises NotFinite.
+        """
         pixels = torch.from_numpy(np.stack([window.pixels for window in windows])).to(self.device)
         clips = (pixels - self._mean) / self._std  # (N,T,H,W,C)
         for clip, window in zip(clips, windows, strict=True):
@@ -138,9 +145,14 @@ class Predictor:
         clips = clips.permute(0, 4, 1, 2, 3)
         with torch.inference_mode(), torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             output = self._model(clips)
-        scores = output.scores.double()
+        sums = output.scores.double()
+        scores = (sums / sums.sum(1, keepdim=True)).cpu().numpy()
         attention = None if output.attention is None else output.attention.float().mean(1).cpu().numpy()
-        return (scores / scores.sum(1, keepdim=True)).cpu().numpy(), attention
+        finite = np.isfinite(scores).all(1)
+        if not finite.all():
+            at = windows[int(np.argmin(finite))].start
+            raise NotFinite(f"the window from frame {at} has scores that are nan or infinite; {REMEDY_NOT_FINITE}")
+        return scores, attention
 
     def hop(self, fps: float) -> int:
         """Pictures from one window to the next at a frame rate."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,8 @@ from ..preprocessing.shards import Dataset
 from ..preprocessing.sources import SourceVideo
 from ..preprocessing.video import VideoSettings, output_rate, output_size
 
+log = logging.getLogger(__name__)
+
 _MILD = 1.5  # as in pipelines.pyav: how many times larger than a clip a crop may be before areas are averaged
 
 
@@ -48,22 +51,26 @@ class Storing:
 
 
 def storing(
-    card: ModelCard, *, fps: float | None = None, short_side: int | None = None, flow_method: str | None = None
+    card: ModelCard,
+    *,
+    fps: float | None = None,
+    short_side: int | None = None,
+    flow_method: str | None = None,
+    weights: Path | None = None,
 ) -> Storing:
     """The storing of the data set that weights were trained on; given values win.
 
-    Where that data set is not on this machine: as `genkd shard` and `genkd flow` do by default, which is 256 pixels,
-    the video's own frame rate, and tvl1. A flow data set does not record the rate and size of the pictures that its
-    flow is of; those of its videos are taken where all have the same. Raises UserError for a value out of its range.
+    A relative place of that data set is looked for below the working directory, then below each folder that the file
+    `weights` lies in. Where it is not on this machine: as `genkd shard` and `genkd flow` do by default, which is 256
+    pixels, the video's own frame rate, and tvl1; a warning then tells what is taken and not given. A flow data set does
+    not record the rate and size of the pictures that its flow is of; those of its videos are taken where all have the
+    same. Raises UserError for a value out of its range.
     """
-    place = str(card.data.get("dataset") or "")
     known, origin = {}, "defaults, as the weights' data set is not on this machine"
     method, bound = "tvl1", 20.0
-    # Only a local one: predicting should not depend on a network.
-    dataset = Dataset.open(place) if place and "://" not in place and Path(place, "dataset.json").is_file() else None
-    # Another one may lie in a place of that name here.
-    if dataset is not None and tuple(dataset.classes) == card.classes:
-        stored, origin = dataset.info["video"], place
+    dataset = _own_dataset(card, weights)
+    if dataset is not None:
+        stored, origin = dataset.info["video"], str(dataset.storage)
         if dataset.info.get("modality") == "flow":
             method, bound = stored.get("method", method), stored.get("bound", bound)
             known = _common(dataset)
@@ -76,7 +83,39 @@ def storing(
     flow = FlowSettings(flow_method or method, bound) if card.modality == "flow" else None
     if flow_method and not flow:
         raise UserError(f"--flow-method {flow_method}: these weights take RGB clips; leave it out")
+    if dataset is None:
+        _warn(card, weights, fps is None, short_side is None, None if flow_method or not flow else method)
     return Storing(VideoSettings(**known), flow, origin)
+
+
+def _own_dataset(card: ModelCard, weights: Path | None) -> Dataset | None:
+    """The data set that the weights name, if it is on this machine."""
+    place = str(card.data.get("dataset") or "")
+    if not place or "://" in place:  # only a local one: predicting should not depend on a network
+        return None
+    folders = [Path()] if weights is None else [Path(), *weights.resolve().parents]
+    for path in dict.fromkeys(folder / place for folder in folders):
+        if not (path / "dataset.json").is_file():
+            continue
+        dataset = Dataset.open(path)
+        # Another one may lie in a place of that name here.
+        if tuple(dataset.classes) == card.classes and dataset.info.get("modality", "rgb") == card.modality:
+            return dataset
+    return None
+
+
+def _warn(card: ModelCard, weights: Path | None, rate: bool, side: bool, method: str | None) -> None:
+    """Tells which settings are taken without knowing the weights' data set, and how to give them."""
+    taken = [
+        *(["the videos' own frame rate (--fps)"] if rate else []),
+        *([f"a short side of {VideoSettings().short_side} pixels (--short-side)"] if side else []),
+        *([f"flow by {method} (--flow-method)"] if method else []),
+    ]
+    if taken:
+        place = card.data.get("dataset")
+        what = f"the data set {place} of these weights is not here" if place else "these weights name no data set"
+        log.warning("%s%s, so predictions are made with %s; give other values by these options if it has others",
+                    f"{weights}: " if weights else "", what, " and ".join(taken))  # fmt: skip
 
 
 def _common(dataset: Dataset) -> dict:

@@ -17,9 +17,8 @@ from torch import nn
 
 from ..configs.schema import DataConfig
 from ..errors import UserError
-from ..files import write_json
+from ..files import prepare_folder, write_json
 from ..models.checkpoints import ModelCard, find_weights, load_recognizer, read_card
-from ..models.i3d import feature_shape
 from ..pipelines.loader import Loader
 from ..pipelines.streams import is_flow
 from ..preprocessing.shards import Dataset
@@ -40,6 +39,14 @@ class Settings:
     crops: int = 1
     batch_size: int = 16
     precision: str = "auto"
+
+
+class Unwritten(UserError):
+    """Metrics were measured but could not be written. values: those metrics as JSON values."""
+
+    def __init__(self, text: str, values: dict[str, Any]):
+        super().__init__(text)
+        self.values = values
 
 
 class Progress(Protocol):
@@ -108,12 +115,15 @@ def evaluate_weights(
 
     Clips are made as in the run that the weights come from; each video is scored as the mean of clips x crops views.
     Raises UserError, before the first clip, for a data set of other classes or another modality, an unknown split,
-    videos without one of the classes.
+    videos without one of the classes, an `out` that cannot be written; Unwritten, which holds the metrics, where
+    writing fails all the same.
     """
     if out is not None:
         refuse_other_layout(out, 1)
     settings = Settings(split, clips, crops, batch_size, precision)
     with distributed.ranks(device) as place, contextlib.closing(Task(weights, dataset, settings, place)) as task:
+        if out is not None:
+            place.on_main(lambda: prepare_folder(out))
         return task.run(out, progress)
 
 
@@ -128,7 +138,7 @@ class Task:
         self.card = read_card(weights)
         self.data = Dataset.open(dataset)
         config = data_config(self.card)
-        _refuse_unsuitable(weights, self.card, config, self.data, settings.split)
+        _refuse_unsuitable(weights, self.card, self.data, settings.split)
         self.dtype = distributed.precision(settings.precision, place.device)
         self.loader = Loader(
             self.data, settings.split, config, batch_size=settings.batch_size, training=False, rank=place.rank,
@@ -143,7 +153,8 @@ class Task:
         }  # fmt: skip
 
     def run(self, out: Path | None = None, progress: Progress | None = None) -> dict[str, Any]:
-        """The metrics as JSON values. Writes scores.parquet and, when that is whole, results.json into `out`."""
+        """The metrics as JSON values. Writes scores.parquet and, when that is whole, results.json into `out`; raises
+        Unwritten where that fails."""
         model, _ = load_recognizer(self.weights)
         model.to(self.place.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         if progress:
@@ -161,7 +172,7 @@ class Task:
         }
         values = to_json(result, self.card.classes, about)
         if out is not None:
-            self.place.on_main(lambda: self._write(out, result, values))
+            write_results(self.place, lambda: self._write(out, result, values), values)
         return values
 
     def close(self) -> None:
@@ -181,8 +192,17 @@ class Task:
         write_json(out / RESULTS_FILE, values)
 
 
+def write_results(place: Ranks, write: Callable[[], None], values: dict[str, Any]) -> None:
+    """Runs `write` on the main rank; what it cannot do is raised on all as Unwritten, with the values."""
+    try:
+        place.on_main(write)
+    except UserError as error:
+        raise Unwritten(str(error), values) from None
+
+
 def data_config(card: ModelCard) -> DataConfig:
-    """How clips are made for stored weights; the decoder is this machine's choice. Raises UserError for settings that
+    """How clips are made for stored weights: as their data settings say, but of the card's own frames and size, which
+    the network is built for; the decoder is this machine's choice. Raises UserError for settings that
     this version does not know."""
     own = {"clip_length": card.clip_length, "size": card.size, "decoder": "auto"}
     try:
@@ -204,7 +224,7 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _refuse_unsuitable(weights: Path, card: ModelCard, config: DataConfig, data: Dataset, split: str) -> None:
+def _refuse_unsuitable(weights: Path, card: ModelCard, data: Dataset, split: str) -> None:
     """Raises UserError where weights cannot be evaluated on a split."""
     place, classes = data.storage, tuple(data.classes)
     if classes != card.classes:
@@ -223,12 +243,6 @@ def _refuse_unsuitable(weights: Path, card: ModelCard, config: DataConfig, data:
     if held != card.modality:
         other = f"`genkd flow {place} OUT` makes one" if held == "rgb" else "give it the RGB data set"
         raise UserError(f"{weights} takes {_NAMES[card.modality]}, but {place} holds {_NAMES[held]}; {other}")
-    fed = feature_shape(config.clip_length, config.size, card.model.width)
-    if fed != card.feature_shape:
-        raise UserError(
-            f"{weights} was built for {card.clip_length} frames of {card.size} pixels, but its own data settings make "
-            f"clips of {config.clip_length} frames of {config.size}; train or import it again"
-        )
     rows = data.rows(split)
     labels = data.labels[rows]
     bad = rows[(labels < 0) | (labels >= len(classes))]

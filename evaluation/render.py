@@ -18,7 +18,7 @@ from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 
 from ..errors import UserError, explained
-from ..files import replacing
+from ..files import remove_leftovers, replacing
 from ..preprocessing.decoding import Frames, VideoError, build_graph, filtered, open_frames, upright_filters
 from ..preprocessing.video import VideoSettings, output_rate, output_size
 from .predict import Prediction
@@ -50,6 +50,7 @@ def render(
     count = 0
     with explained(f"writing {out}"):
         out.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(out.parent, (f"{out.name}.",))
         try:
             with open_frames(raw_source(found.path)) as frames, replacing(out) as temporary:
                 rate = output_rate(frames, VideoSettings(fps=None if frames.rate else found.fps))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 
 import jinja2
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 
 from .. import __version__
@@ -18,17 +16,17 @@ from ..configs.load import read_run
 from ..configs.schema import TrainConfig
 from ..errors import UserError
 from ..files import write_atomically
-from ..models.checkpoints import ModelCard, load_recognizer, read_card
+from ..models.checkpoints import ModelCard, find_weights, load_recognizer, read_card
 from ..models.recognizer import Recognizer
 from ..pipelines.loader import Loader
 from ..pipelines.pyav import decode_rgb
 from ..pipelines.store import ClipStore
 from ..preprocessing.shards import Dataset, Video
-from ..trainers import metrics
 from ..trainers.methods import METHODS
-from . import charts
+from . import charts, recorded
 from .metrics import paired_difference
 from .recognition import data_config
+from .scores import SCORES_FILE, read_scores
 
 SAMPLES = 4  # videos whose attention is shown
 _WINDOWS = 10
@@ -100,11 +98,8 @@ def write_report(
 
 def _read(name: str, path: Path) -> _Run:
     config, card = read_run(path), read_card(path)
-    results = path / "evaluation" / "results.json"
-    evaluation = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else None
-    if evaluation and "splits" in evaluation:
-        raise UserError(f"{results} is of several runs' splits; evaluate this run alone into {results.parent}")
-    lines = metrics.read(path)
+    evaluation = recorded.evaluation(path, find_weights(path))
+    lines = recorded.lines(path)
     if not lines:
         raise UserError(f"{path} has no metrics.jsonl; is it a finished run?")
     return _Run(name, path, config, card, lines, evaluation)
@@ -113,7 +108,7 @@ def _read(name: str, path: Path) -> _Run:
 def _row(run: _Run) -> dict[str, Any]:
     what = {"teacher": "classification", "representation": "feature representation"}
     method = METHODS[run.config.distill.method].title
-    result, last = run.evaluation or {}, (run.of_kind("eval") or [{}])[-1]
+    result, kept = run.evaluation or {}, recorded.training(run.path, run.config) or {}
     return {
         "name": run.name,
         "phase": what.get(run.config.phase, method),
@@ -121,8 +116,8 @@ def _row(run: _Run) -> dict[str, Any]:
         f"{run.card.model.temporal.replace('_', '-')}, width {run.card.model.width:g}",
         "parameters": result.get("parameters"),
         "epochs": run.config.epochs,
-        "top1": result.get("top1", last.get("top1")),
-        "top5": result.get("top5", last.get("top5")),
+        "top1": result.get("top1", kept.get("top1")),
+        "top5": result.get("top5", kept.get("top5")),
         "mean_class": result.get("mean_class_accuracy"),
         "views": f"{result['clips']} x {result['crops']}" if result else f"{run.config.data.eval_clips} x 1",
         "decoder": result.get("decoder"),
@@ -134,10 +129,10 @@ def _comparison(runs: list[_Run]) -> dict[str, Any] | None:
     students = {run.config.distill.method: run for run in runs if run.config.phase == "distill" and run.evaluation}
     if set(students) != {"none", "generative"}:
         return None
-    tables = {name: pq.read_table(run.path / "evaluation" / "scores.parquet") for name, run in students.items()}
-    if not tables["none"]["key"].equals(tables["generative"]["key"]):
+    files = {name: read_scores(run.path / "evaluation" / SCORES_FILE) for name, run in students.items()}
+    if files["none"].keys != files["generative"].keys:
         return None  # measured on other videos
-    right = {name: table["label"].to_numpy() == table["prediction"].to_numpy() for name, table in tables.items()}
+    right = {name: file.labels == file.scores.argmax(1) for name, file in files.items()}
     difference, error = paired_difference(right["generative"], right["none"])
     if error is None:
         return None

@@ -88,6 +88,14 @@ def read_scores(path: Path) -> ScoreFile:
     return ScoreFile(path, keys, labels, scores, logits, about)
 
 
+def holds_videos(path: Path, count: int | None) -> bool:
+    """Whether a file is Parquet with this many rows, as far as its footer, which is written last, tells."""
+    try:
+        return pq.read_metadata(path).num_rows == count
+    except (OSError, pa.ArrowException):
+        return False
+
+
 def score_files(place: Path) -> list[Path]:
     """The score files of a place: a file, a folder that holds one, or one with 1, 2, ... of an evaluation of several
     splits, which has to be finished. Raises UserError."""

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files import write_json
+from ..files import prepare_folder, write_json
 from ..trainers import distributed
 from .metrics import summary
-from .recognition import Progress, Settings, Task
-from .scores import RESULTS_FILE, SCORES_FILE, read_results, refuse_other_layout
+from .recognition import Progress, Settings, Task, write_results
+from .scores import RESULTS_FILE, SCORES_FILE, holds_videos, read_results, refuse_other_layout
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,8 @@ def evaluate_splits(
     results.json and scores.parquet go to out/1, out/2, ... and all of the above to out/results.json. Results in `out`
     that were made from the same weights (by SHA-256), index, split, views, precision and decoder are kept; others are
     made again. progress: what shows a split's progress, by its name.
-    Raises UserError before the first clip for whatever does not fit, see recognition.evaluate_weights.
+    Raises UserError before the first clip for whatever does not fit, see recognition.evaluate_weights; Unwritten, with
+    what was measured last, where writing fails after it.
     """
     settings, count = settings or Settings(), len(weights)
     if count < 2:
@@ -62,6 +63,8 @@ def evaluate_splits(
             for pair in zip(weights, datasets, strict=True)
         ]
         _refuse_other_classes(tasks)
+        if out is not None:
+            place.on_main(lambda: prepare_folder(out))
         results = []
         for number, task in enumerate(tasks, 1):
             folder = None if out is None else out / str(number)
@@ -77,14 +80,14 @@ def evaluate_splits(
         mean, std = summary(results)
         together = {"splits": results, "mean": mean, "std": std}
         if out is not None:
-            place.on_main(lambda: write_json(out / RESULTS_FILE, together))
+            write_results(place, lambda: write_json(out / RESULTS_FILE, together), together)
     return together
 
 
 def _kept(folder: Path, task: Task) -> dict[str, Any] | None:
     """A folder's results if they are those that the task would make."""
     values = read_results(folder)
-    if values is None or not (folder / SCORES_FILE).is_file():
+    if values is None or not holds_videos(folder / SCORES_FILE, values.get("videos")):
         return None
     other = [words for name, words in _IDENTITY.items() if values.get(name) != task.about[name]]
     # The original's foreground ratio is taken over the whole batch, so scores depend on its size.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,9 +164,12 @@ def reference_card(
         raise UserError(f"there are {len(classes)} class names, the {layout.kind} has {layout.num_classes} classes")
     prefix, given = "flow_" if layout.in_channels == 2 else "", {"mean": mean, "std": std}
     for name, values in given.items():
-        if values is not None and (len(values) != layout.in_channels or (name == "std" and min(values) <= 0)):
+        if values is None:
+            continue
+        fits = len(values) == layout.in_channels and all(map(math.isfinite, values))
+        if not fits or (name == "std" and min(values) <= 0):
             raise UserError(
-                f"--{name} {','.join(map(str, values))} is not {layout.in_channels} "
+                f"--{name} {','.join(map(str, values))} is not {layout.in_channels} finite "
                 f"{'positive ' if name == 'std' else ''}values, one for each channel of the {layout.kind}"
             )
     norm = {f"{prefix}{name}": values for name, values in given.items() if values is not None}

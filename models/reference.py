@@ -77,6 +77,11 @@ class Layout:
     width: int = 0
 
     @property
+    def named(self) -> str:
+        """The kind with its article."""
+        return f"{'an' if self.kind[0] in 'aeiou' else 'a'} {self.kind}"
+
+    @property
     def config(self) -> ModelConfig:
         """The network's configuration; the original's top-heavy stem skips every other frame."""
         return ModelConfig(temporal=self.temporal, stem="strided" if self.temporal == "top_heavy" else "auto")
@@ -163,7 +168,8 @@ def from_reference(state: Mapping[str, Tensor]) -> tuple[nn.Module, ImportReport
 
     The kind is told by keys and shapes; a leading "module." is ignored. A plain I3D becomes a Recognizer without
     attention. The 832-channel halves of the CVAEs, which recognition never uses, are left out and reported as unused.
-    Tensors are copied, as float32. Raises UserError for other modules, wrong shapes, and missing or non-finite weights.
+    Tensors are copied, as float32. Raises UserError for other modules, wrong shapes, sparse tensors, and missing or
+    non-finite weights.
     """
     state = without_module(state)
     layout = identify(state)
@@ -176,7 +182,9 @@ def from_reference(state: Mapping[str, Tensor]) -> tuple[nn.Module, ImportReport
         if name not in own:
             continue
         if value.shape != own[name].shape:
-            raise UserError(f"{key} has shape {tuple(value.shape)}, a {layout.kind} {tuple(own[name].shape)} there")
+            raise UserError(f"{key} has shape {tuple(value.shape)}, {layout.named} {tuple(own[name].shape)} there")
+        if value.layout != torch.strided or value.is_quantized:
+            raise UserError(f"{key} is no plain tensor but a sparse or quantized one; save it as a dense float tensor")
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise UserError(f"{key} holds values that are not finite; the weights are damaged")
         taken[name] = value.to(own[name].dtype, copy=True).contiguous()
@@ -185,9 +193,7 @@ def from_reference(state: Mapping[str, Tensor]) -> tuple[nn.Module, ImportReport
     absent = {name: _renamed(name, back) for name in own if name not in taken}
     needed = [key for name, key in absent.items() if not layout.may_lack(name)]
     if needed:
-        raise UserError(
-            f"the weights look like a {layout.kind} but lack {len(needed)} of its entries, e.g. {needed[0]}"
-        )
+        raise UserError(f"the weights look like {layout.named} but lack {len(needed)} of its entries, e.g. {needed[0]}")
     zeros = {name: torch.zeros(own[name].shape, dtype=own[name].dtype) for name in absent}
     module.load_state_dict({**taken, **zeros}, assign=True)
     unused = tuple(key for key in state if key not in set(used))
@@ -230,9 +236,14 @@ def read_state(path: Path) -> dict[str, Tensor]:
         else {}
     )
     if not tensors:
-        found = f"a dict of {', '.join(map(repr, list(value)[:4]))}" if isinstance(value, Mapping) else type(value)
-        raise UserError(f"{path} holds no state dict, bare or under 'state_dict' or 'model', but {found}")
+        raise UserError(f"{path} holds no state dict, bare or under 'state_dict' or 'model', but {_told(value)}")
     return tensors
+
+
+def _told(value: Any) -> str:
+    if not isinstance(value, Mapping):
+        return f"a value of type {type(value).__name__}"
+    return f"a dict of {', '.join(map(repr, list(value)[:4]))}" if value else "an empty dict"
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -261,6 +272,8 @@ def _read_torch(path: Path) -> Any:
             ) from None
         told = re.search(r"WeightsUnpickler error: (.+)", str(error))
         reason = (told[1] if told else str(error)).strip().split("\n")[0].split(". ")[0][:200]
+        # Other errors have no text for people: a KeyError only holds the byte that the unpickler does not know.
+        speaks = isinstance(error, pickle.UnpicklingError | RuntimeError) and reason != "Weights only load failed"
         refuses = isinstance(error, pickle.UnpicklingError)
         what = "is damaged, or needs code to load" if refuses else "is damaged or no file of torch.save"
-        raise UserError(f"{path} {what} ({reason or type(error).__name__})") from None
+        raise UserError(f"{path} {what} ({reason})" if speaks and reason else f"{path} {what}") from None

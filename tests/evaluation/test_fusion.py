@@ -27,6 +27,28 @@ def write(path, shares, logits=None, keys=KEYS, labels=LABELS, classes=CLASSES, 
     return path
 
 
+def test_names_are_shown_as_they_are_and_no_markup(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "q[" / "b]" / "scores.parquet", RGB)
+    write(tmp_path / ":star:" / "scores.parquet", FLOW)
+    done = CliRunner().invoke(main, ["fuse", "q[/b]", ":star:"])
+    assert done.exit_code == 0 and "q[/b]" in done.stdout and ":star:" in done.stdout
+
+
+def test_an_out_that_is_a_file_is_refused_and_an_interruption_told(tmp_path, monkeypatch):
+    places = [str(write(tmp_path / name / "scores.parquet", RGB)) for name in "ab"]
+    (tmp_path / "file").touch()
+    done = CliRunner().invoke(main, ["fuse", *places, "--out", str(tmp_path / "file")])
+    assert done.exit_code == 1 and f"{tmp_path / 'file'} is a file; name a folder" in done.stderr
+
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fusion, "fuse_files", interrupt)
+    done = CliRunner().invoke(main, ["fuse", *places])
+    assert done.exit_code == 130 and "other work starts over" in done.stderr
+
+
 def test_the_weighted_mean_of_scores_by_hand():
     """0.6, 0.3, 0.1 and 3 times 0.2, 0.7, 0.1, over 4; scores that are sums over time count by their shares."""
     fused = fusion.fuse([7 * RGB, FLOW], [1, 3], "scores")

@@ -44,6 +44,15 @@ def test_the_mean_over_bins_is_the_accuracy_and_json_has_no_nan():
     assert empty and all(entry["accuracy"] is None and entry["confidence"] is None for entry in empty)
 
 
+def test_ties_count_against_a_video_in_every_accuracy():
+    """Of class 0 a tie and a hit, of class 1 a hit: 2 of 3, and the mean of 1/2 and 1."""
+    scores = np.array([[0.5, 0.5], [0.9, 0.1], [0.2, 0.8]])
+    result = metrics.score(np.arange(3), scores, np.array([0, 0, 1]))
+    assert result.per_class().tolist() == [0.5, 1.0] and result.mean_class == 0.75
+    assert result.top1 == pytest.approx(2 / 3)
+    assert metrics.to_json(result, "ab", {})["per_class"]["a"] == {"videos": 2, "top1": 0.5}
+
+
 def test_a_paired_difference_by_hand():
     """Differences 1, 0, 0, -1, 1: mean 0.2, variance (0.64 + 0.04 + 0.04 + 1.44 + 0.64) / 4 = 0.7."""
     right, other = np.array([1, 1, 0, 0, 1], bool), np.array([0, 1, 0, 1, 0], bool)

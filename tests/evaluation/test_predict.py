@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import av
 import cv2
@@ -287,6 +288,29 @@ def test_a_broken_file_does_not_stop_the_others(weights, avi, tmp_path):
     assert len(lines) == 2 and all(name in done.stderr for name in ("broken.mp4: ", "cut.avi: "))
 
 
+def test_a_relative_data_set_is_found_from_any_working_directory(
+    make_weights, shard_sets, tmp_path, monkeypatch, caplog
+):
+    """PROJECT/runs/w was trained in PROJECT on data/own."""
+    project = tmp_path / "project"
+    (project / "data").mkdir(parents=True)
+    (project / "data" / "own").symlink_to(shard_sets("vp9").path)
+    (project / "runs").mkdir()
+    made = make_weights("data.dataset=data/own").rename(project / "runs" / "w")
+    for folder, place in ((project, "runs/w"), (project / "runs", "w"), (tmp_path, made)):
+        monkeypatch.chdir(folder)
+        found = Predictor(Path(place)).storing
+        assert found.video.short_side == 48 and found.origin.endswith("data/own")
+    assert not caplog.records
+    moved = made.rename(tmp_path / "w")
+    assert Predictor(moved).storing.video.short_side == 256
+    (told,) = (record.getMessage() for record in caplog.records)
+    assert "the data set data/own of these weights is not here" in told
+    assert "own frame rate (--fps)" in told and "a short side of 256 pixels (--short-side)" in told
+    Predictor(moved, PredictSettings(fps=25, short_side=48))
+    assert len(caplog.records) == 1, "what is given needs no warning"
+
+
 def test_on_the_terminal(weights, avi):
     done = run(avi[0], "--weights", weights, "--top", 3)
     assert done.exit_code == 0 and "00:01.6 at 25 frames/s, 2 windows" in done.stdout
@@ -302,6 +326,7 @@ def test_on_the_terminal(weights, avi):
         (["nowhere.mp4"], "no file or folder matches"),
         (["{avi}", "--device", "cuda"], "device=cuda"),
         (["{avi}", "{other}", "--render", "one.mp4"], "is one file, but there are 2 videos"),
+        (["{avi}", "--render", "seen.avi"], "renderings are MP4 only; name a folder or a .mp4 file"),
     ],
 )
 def test_bad_input_is_one_sentence(weights, avi, videos, arguments, words):

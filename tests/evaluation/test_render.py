@@ -183,6 +183,35 @@ def test_renderings_from_the_command_line(weights, tmp_path):
     assert all(len(read(tmp_path / "out" / name)[0]) == 12 for name in made)
 
 
+def test_a_rendering_that_fails_does_not_stop_the_others(weights, tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    for name in ("a.avi", "b.avi", "c.avi"):
+        write_video(tmp_path / "in" / name, 12)
+
+    def fails(found, *arguments, **options):
+        if found.path.name == "b.avi":
+            raise UserError("b cannot be encoded")
+        return render(found, *arguments, **options)
+
+    monkeypatch.setattr("genkd.evaluation.render.render", fails)
+    done = run(tmp_path / "in", "--weights", weights, "--render", tmp_path / "out", "--out", tmp_path / "found.json")
+    assert done.exit_code == 1 and "b.avi: b cannot be encoded" in done.stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.mp4", "c.mp4"]
+    videos = json.loads((tmp_path / "found.json").read_text())["videos"]
+    assert [video["rendered"] for video in videos] == [
+        str(tmp_path / "out" / "a.mp4"), None, str(tmp_path / "out" / "c.mp4"),
+    ]  # fmt: skip
+    assert [video["render_error"] for video in videos] == [None, "b cannot be encoded", None]
+    assert all(video["windows"] and video["error"] is None for video in videos)
+
+
+def test_what_a_killed_rendering_left_is_removed(tmp_path):
+    (tmp_path / ".out.mp4.elsewhere-1.tmp").touch()
+    (tmp_path / ".other.mp4.elsewhere-1.tmp").touch()
+    render(Prediction(write_video(tmp_path / "in.avi", 12), 25.0, 12, timeline()), CLASSES, tmp_path / "out.mp4")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.mp4.elsewhere-1.tmp", "in.avi", "out.mp4"]
+
+
 def test_renderings_never_replace_their_videos(weights, tmp_path):
     source = write_video(tmp_path / "one.mp4", 12)
     before = source.read_bytes()

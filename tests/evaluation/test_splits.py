@@ -1,4 +1,6 @@
+import contextlib
 import dataclasses
+import errno
 import json
 import logging
 
@@ -116,6 +118,10 @@ def test_an_interrupted_evaluation_goes_on_and_only_what_changed_is_made_again(d
     (out / "2" / "results.json").write_text("{")
     evaluate_splits(weights, [data.path], out, recognition.Settings(clips=2))
     assert done[7:] == ["w1", "w2"]
+    whole = (out / "1" / "scores.parquet").read_bytes()
+    (out / "1" / "scores.parquet").write_bytes(whole[: len(whole) // 2])
+    evaluate_splits(weights, [data.path], out, recognition.Settings(clips=2))
+    assert done[9:] == ["w0"] and (out / "1" / "scores.parquet").read_bytes() == whole
     (out / "2" / "results.json").unlink()
     stop.add(len(done))
     with pytest.raises(KeyboardInterrupt):
@@ -149,8 +155,6 @@ def test_what_does_not_fit_is_refused_before_the_first_clip(data, weights, tmp_p
     refused(r"in another order \(label 0 is 'Bob', not 'Sway'\)", dataclasses.replace(card, classes=last))
     refused("knows 9 classes, .* has 10 others, e.g. 'Sway'", dataclasses.replace(card, classes=card.classes[:9]))
     refused("takes optical flow, but .* holds RGB", dataclasses.replace(card, modality="flow"))
-    refused("built for 16 frames of 32 pixels, .* clips of 64 frames of 32",
-            dataclasses.replace(card, data={**card.data, "clip_length": 64}))  # fmt: skip
     refused("do not fit this version of genkd: data.warp", dataclasses.replace(card, data={"warp": 1}))
     with pytest.raises(UserError, match="two or more"):
         evaluate_splits(weights[:1], [data.path])
@@ -163,6 +167,12 @@ def test_what_does_not_fit_is_refused_before_the_first_clip(data, weights, tmp_p
         with monkeypatch.context() as patch:
             patch.setattr(Dataset, "open", classmethod(lambda cls, place, altered=altered, **_: altered))
             refused(words)
+
+
+def test_clips_are_of_the_size_that_the_network_is_built_for(data):
+    card = card_for(data)
+    config = recognition.data_config(dataclasses.replace(card, data={**card.data, "clip_length": 64, "size": 224}))
+    assert (config.clip_length, config.size) == (16, 32)
 
 
 def test_results_of_another_kind_are_not_mixed_up(data, weights, tmp_path):
@@ -224,6 +234,41 @@ def test_flow_is_evaluated_and_fused_with_rgb(data, weights, tmp_path):
     assert values["top1"] == pytest.approx((mean.argmax(1) == streams[0].labels).mean())
     run = runner.invoke(main, ["evaluate", "recognition", str(weights[0]), "--data", str(flow.path)])
     assert run.exit_code == 1 and "takes RGB, but" in run.output and "holds optical flow" in run.output
+
+
+def test_an_out_that_cannot_be_written_is_found_before_the_first_clip(data, weights, tmp_path, runs):
+    done, _ = runs
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "out"):
+        with pytest.raises(UserError, match=f"{tmp_path / 'file'} is a file; name a folder"):
+            recognition.evaluate_weights(weights[0], data.path, out, clips=1)
+        with pytest.raises(UserError, match="is a file; name a folder"):
+            evaluate_splits(weights, [data.path], out, ONE)
+    assert not done and (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_full_disk_is_found_before_the_first_clip(data, weights, runs, small_disk):
+    done, _ = runs
+    disk = small_disk("64k")
+    with contextlib.suppress(OSError):
+        (disk / "filler").write_bytes(bytes(1 << 20))
+    with pytest.raises(UserError, match="no space left on the disk while writing into"):
+        recognition.evaluate_weights(weights[0], data.path, disk, clips=1)
+    assert not done and [path.name for path in disk.iterdir()] == ["filler"]
+
+
+def test_metrics_are_printed_even_where_they_cannot_be_written_any_more(data, weights, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    wanted = recognition.evaluate_weights(weights[0], data.path, clips=1)
+    monkeypatch.setattr(recognition, "write_scores", full)
+    command = ["evaluate", "recognition", "--data", str(data.path), "--clips", "1", "--out", str(tmp_path / "out")]
+    run = CliRunner().invoke(main, [*command, str(weights[0]), "--json"])
+    assert run.exit_code == 1 and "no space left on the disk" in run.stderr
+    assert json.loads(run.stdout)["loss"] == pytest.approx(wanted["loss"])
+    run = CliRunner().invoke(main, [*command, *map(str, weights)])
+    assert run.exit_code == 1 and f"{wanted['loss']:.4f}" in run.stdout
 
 
 def test_the_command_takes_several_weights(data, weights, tmp_path):

@@ -147,6 +147,7 @@ def test_modules_that_are_not_whole_are_refused_by_their_keys():
         ),
         ({conv: torch.full((64, 192, 1, 1, 1), torch.nan)}, f"{conv} holds values that are not finite"),
         ({conv: None}, f"look like a recognition student but lack 1 of its entries, e.g. {conv}"),
+        ({conv: torch.zeros(64, 192, 1, 1, 1).to_sparse()}, f"{conv} is no plain tensor but a sparse"),
         ({"Att_Head_5c.3.weight": None}, "lack its attention head's Att_Head_5c.3.weight"),
         ({"deconv1.0.weight": torch.zeros(3)}, r"deconv1.0.weight has shape \(3,\)"),
         ({"backbone._model.Conv3d_1a_7x7.conv3d.weight": torch.zeros(64, 4, 7, 7, 7)}, "Conv3d_1a_7x7.* 4, 7, 7, 7"),
@@ -156,6 +157,10 @@ def test_modules_that_are_not_whole_are_refused_by_their_keys():
             checkpoints.from_reference(changed)
     with pytest.raises(UserError, match="none that can be imported"):
         checkpoints.from_reference({"conv1.weight": torch.zeros(3)})
+    state = plain()[1]
+    del state["Mixed_5c.b0.conv3d.weight"]
+    with pytest.raises(UserError, match="look like an i3d rgb but lack 1 of its entries"):
+        checkpoints.from_reference(state)
 
 
 class Command:
@@ -186,6 +191,8 @@ def test_other_files_are_refused(tmp_path, teacher_file):
     (tmp_path / "wrong.safetensors").write_bytes(b"rubbish")
     (tmp_path / "weights.bin").write_bytes(whole)
     torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"state_dict": {}}, tmp_path / "none.pt")
+    (tmp_path / "letters.pt").write_text("eeee, no weights at all")
     torch.save({"epoch": 1, "best": 2.0}, tmp_path / "numbers.pt")
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "script.pt")
     for name, problem in (
@@ -194,7 +201,9 @@ def test_other_files_are_refused(tmp_path, teacher_file):
         ("empty.pth", "damaged"),
         ("wrong.safetensors", "damaged or no safetensors file"),
         ("weights.bin", "is none of"),
-        ("list.pt", "holds no state dict.*list"),
+        ("list.pt", "holds no state dict.* but a value of type list$"),
+        ("none.pt", "holds no state dict.* but an empty dict$"),
+        ("letters.pt", "is damaged or no file of torch.save$"),
         ("numbers.pt", "holds no state dict.* but a dict of 'epoch', 'best'"),
         ("script.pt", "TorchScript"),
         ("absent.pt", "there is no file"),
@@ -242,8 +251,11 @@ def test_settings_that_do_not_fit_and_taken_places_are_refused(tmp_path, teacher
         ({"classes": ("a", "b")}, "2 class names, the recognition teacher has 10 classes"),
         ({"size": 64}, "give 2 x 2 x 2 features, this recognition teacher takes 2 x 1 x 1"),
         ({"clip_length": 64}, "give 8 x 1 x 1 features"),
-        ({"mean": (0.5, 0.5)}, "--mean 0.5,0.5 is not 3 values"),
-        ({"std": (0.5, 0.5, 0.0)}, "--std .* is not 3 positive values"),
+        ({"mean": (0.5, 0.5)}, "--mean 0.5,0.5 is not 3 finite values"),
+        ({"mean": (0.5, float("nan"), 0.5)}, "--mean 0.5,nan,0.5 is not 3 finite values"),
+        ({"std": (0.5, 0.5, 0.0)}, "--std .* is not 3 finite positive values"),
+        ({"std": (0.5, float("nan"), 0.5)}, "--std 0.5,nan,0.5 is not 3 finite positive values"),
+        ({"std": (0.5, float("inf"), 0.5)}, "--std 0.5,inf,0.5 is not 3 finite positive values"),
     ):
         with pytest.raises(UserError, match=problem):
             import_weights(teacher_file, tmp_path / "out", **options)
