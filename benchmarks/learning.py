@@ -132,8 +132,8 @@ def prepare(root: Path, fights: Path | None) -> None:
         ("synth-large", SynthSettings(videos_per_class=64, test_share=0.375), LARGE),
         ("synth", SynthSettings(videos_per_class=36, test_share=2 / 3, seed=1), SYNTH),
     ):
-        synthesize(root / f"{name}-videos", settings, workers=2)
-        convert(sources.ucf101(root / f"{name}-videos"), root / f"{name}-1", video, workers=2)
+        synthesize(root / f"{name}-source" / "videos", settings, workers=2)
+        convert(sources.ucf101(root / f"{name}-source" / "videos"), root / f"{name}-1", video, workers=2)
         (root / f"{name}.yaml").write_text(text, encoding="utf-8")
     if fights is None:
         return

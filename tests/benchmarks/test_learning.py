@@ -14,7 +14,8 @@ def test_every_run_comes_after_the_one_that_it_needs_and_only_once():
     assert len(set(seen)) == len(seen) == len({job.folder for job in seen})
     main = [job for job in seen if job.data == "fights-flow" and job.name in learning.MAIN]
     assert {(job.fold, job.seed) for job in main} == {(1, 0), (1, 1), (1, 2), (2, 0), (3, 0), (4, 0), (5, 0)}
-    assert {job.data for job in learning.jobs(with_fights=False)} == {"synth"}
+    assert {job.data for job in learning.jobs(with_fights=False)} == {"synth-large", "synth"}
+    assert Job("synth", 1, 2, "representation").needs == Job("synth-large", 1, 0, "representation")
     assert Job("synth", 1, 0, "generative, compat=reference").needs == Job("synth", 1, 0, "representation")
     assert Job("synth", 1, 0, "none, strided stem").needs is None
 
