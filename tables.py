@@ -143,7 +143,7 @@ def benchmark_tables(result: dict[str, Any]) -> list[Table]:
         for row in rows:
             table.add_row(
                 row["name"], f"{row['median']:.2f}", f"{row['p10']:.2f}", f"{row['p90']:.2f}", f"{row['ratio']:.2f}",
-                ", ".join(key if value is True else f"{key} {value}" for key, value in row.get("extra", {}).items()),
+                ", ".join(_note(key, value) for key, value in row.get("extra", {}).items() if value is not None),
             )  # fmt: skip
         tables.append(table)
     if result.get("targets"):
@@ -160,6 +160,14 @@ def benchmark_tables(result: dict[str, Any]) -> list[Table]:
             skipped.add_row(name, reason)
         tables.append(skipped)
     return tables
+
+
+def _note(key: str, value: Any) -> str:
+    if value is True:
+        return key
+    if isinstance(value, dict):  # shares of a whole
+        return f"{key}: " + " ".join(f"{name} {100 * share:.0f} %" for name, share in value.items())
+    return f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
 
 
 def doctor_tables(findings: list[dict[str, Any]]) -> list[Table]:

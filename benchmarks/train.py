@@ -72,7 +72,14 @@ def run(data: Path | None, repeats: int, *, preset: str | None = None, batches: 
         contenders: dict[str, Callable[[], tuple[float, dict]]] = {
             name: partial(_measure, root, place, preset, batches, name) for name in (REFERENCE, *OURS)
         }
-        return compare("train", "clips/s", contenders, repeats, about)
+        result = compare("train", "clips/s", contenders, repeats, about)
+    ratio = next(row["ratio"] for row in result["rows"] if row["name"] == GENKD)
+    goal = 4.0 if on_gpu else 1.5
+    result["targets"] = [
+        {"name": "distillation beside the original's schedule, by epoch", "measured": ratio, "at_least": goal,
+         "at_most": None, "met": ratio >= goal}
+    ]  # fmt: skip
+    return result
 
 
 def _synthetic(root: Path, count: int, size: int) -> Path:

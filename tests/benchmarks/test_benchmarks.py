@@ -1,3 +1,4 @@
+import io
 import json
 
 import pytest
@@ -5,6 +6,7 @@ import torch
 
 from genkd.benchmarks import train
 from genkd.benchmarks.common import compare
+from genkd.tables import benchmark_tables, show
 
 
 def test_contenders_take_turns_and_are_compared_with_the_first():
@@ -77,6 +79,13 @@ def test_train_benchmark():
         extra = row["extra"]
         assert sum(extra["shares"].values()) == pytest.approx(1, abs=0.02)
         assert 0 < extra["utilization"] < 1 and extra["peak_mb"] > 100 and extra["precision"] == "float32"
+    (target,) = result["targets"]
+    assert target["met"] == (target["measured"] >= 1.5)
+    text = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.stdout", text)
+        show(benchmark_tables(result))
+    assert "teacher" in text.getvalue() and "%" in text.getvalue()
     work = {row["name"]: row["extra"]["gflops_a_clip"] for row in result["rows"]}
     # The student runs once for both stages, and the teacher's gradients are left out.
     assert work[train.GENKD] < 0.7 * work[train.REFERENCE]
