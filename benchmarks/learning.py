@@ -118,10 +118,11 @@ def jobs(with_fights: bool) -> Iterator[Job]:
         for fold in range(2, 6) if with_fights and seed == 0 else ():
             for name in MAIN:
                 yield Job("fights-flow", fold, 0, name)
-    for seed, name, data in itertools.product(range(3), OTHERS, sets):
-        yield Job(data, 1, seed, name)
-    for seed, name in itertools.product(range(3), VARIANTS):
-        yield Job("synth", 1, seed, name)
+    for seed in range(3):
+        for name, data in itertools.product(OTHERS, sets):
+            yield Job(data, 1, seed, name)
+        for name in VARIANTS:
+            yield Job("synth", 1, seed, name)
 
 
 def prepare(root: Path, fights: Path | None) -> None:
