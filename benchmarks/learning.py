@@ -39,11 +39,13 @@ from .common import machine, versions
 
 MAIN = ("teacher", "representation", "none", "generative")
 OTHERS = ("generative-only", "attention-only", "logits", "features", "attention-transfer")
-# What the original implementation does otherwise, one thing at a time, and the ways for the stem.
+# What the original implementation does otherwise, one thing at a time; the ways for the stem; and remedies.
 VARIANTS = {
     "none, strided stem": ("none", ["model.stem=strided"]),
     "none, paired stem": ("none", ["model.stem=paired"]),
     "none, softmax twice and batch sums": ("none", ["compat=reference", "model.stem=mean"]),
+    "none, started from the teacher": ("none", ["init={teacher}"]),
+    "generative, started from the teacher": ("generative", ["init={teacher}"]),
     "generative, attention weight 10": ("generative", ["loss.attention=10"]),
     "generative, compat=reference": ("generative", ["compat=reference"]),
 }
@@ -64,10 +66,10 @@ class Job:
 
     @property
     def needs(self) -> Job | None:
-        method = VARIANTS.get(self.name, (self.name, []))[0]
+        method, overrides = VARIANTS.get(self.name, (self.name, []))
         if self.data in PRETRAINED and self.name in ("teacher", "representation")[: 1 + (self.data == "synth")]:
             return PRETRAINED[self.data]
-        if self.name == "teacher" or method == "none":
+        if self.name == "teacher" or (method == "none" and "init={teacher}" not in overrides):
             return None
         before = "teacher" if self.name == "representation" else "representation"
         return Job(self.data, self.fold, self.seed, before)
@@ -82,8 +84,9 @@ class Job:
         if phase == "distill":
             options.append(f"distill.method={method}")
         if self.needs is not None:
+            before = root / "runs" / self.needs.folder
             key = "teacher" if phase == "distill" else "init"
-            options.append(f"{key}={root / 'runs' / self.needs.folder}")
+            options = [*(option.format(teacher=before) for option in options), f"{key}={before}"]
         started = time.perf_counter()
         train(load(str(root / f"{self.data}.yaml"), phase, options), run, say=lambda text: None)
         seconds = time.perf_counter() - started
