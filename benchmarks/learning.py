@@ -169,6 +169,7 @@ eval_every: 10
 epochs: 50
 batch_size: 6
 phases:
+  distill: {model: {stem: mean}}
   teacher: {epochs: 8, optimizer: {lr: 0.0003}}
   representation: {epochs: 8, optimizer: {lr: 0.0003}}
 """
@@ -180,6 +181,7 @@ epochs: 20
 data: {stride: 1, scales: [1.0, 0.875, 0.75], eval_clips: 3}
 loss: {label_smoothing: 0.1}
 phases:
+  distill: {model: {stem: mean}}
   teacher: {epochs: 10, optimizer: {lr: 0.0003}}
   representation: {epochs: 10, optimizer: {lr: 0.0003}}
 """

@@ -106,10 +106,10 @@ class ModelConfig(_Frozen):
     """I3D recognizer. The number of classes comes from the data set, feature sizes from the clip."""
 
     temporal: Literal["full", "top_heavy"] = Field("full", description="top_heavy: 1xkxk kernels up to Mixed_4c")
-    stem: Literal["auto", "strided", "mean", "paired"] = Field(
-        "auto",
+    stem: Literal["strided", "mean", "paired"] = Field(
+        "strided",
         description="top_heavy: what the first convolution sees of each two frames: the first (as published), their "
-        "mean, both; auto: mean, under compat=reference strided",
+        "mean, both with weights for each",
     )
     width: Annotated[float, Field(gt=0, le=4)] = Field(1.0, description="factor on all channels, steps of 1/16")
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
@@ -123,10 +123,6 @@ class ModelConfig(_Frozen):
                 "head's channels"
             )
         return self
-
-    def stem_of(self, compat: str) -> str:
-        """The stem that is meant under a `compat`."""
-        return self.stem if self.stem != "auto" else "strided" if compat == "reference" else "mean"
 
 
 class LossConfig(_Frozen):

@@ -160,7 +160,7 @@ def _architecture(card: ModelCard) -> dict[str, Any]:
     top_heavy = card.model.temporal == "top_heavy"
     return {
         "network": "I3D (Inception-v1, 3D)", "temporal": card.model.temporal, "width": card.model.width,
-        "stem": card.model.stem_of(card.compat) if top_heavy else "7x7x7, stride 2", "attention": card.attention,
+        "stem": card.model.stem if top_heavy else "7x7x7, stride 2", "attention": card.attention,
         "compat": card.compat, "features": list(card.feature_shape),
         # Under compat=reference one ratio weights the features of a whole batch.
         "depends_on_batch": card.compat == "reference" and card.attention and card.modality == "rgb",

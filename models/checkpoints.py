@@ -36,10 +36,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What it takes to rebuild a recognizer and feed it: stored in the weights' own file.
-
-    model.stem says which one it is, and not "auto", whose meaning may change.
-    """
+    """What it takes to rebuild a recognizer and feed it: stored in the weights' own file."""
 
     model: ModelConfig
     classes: tuple[str, ...]
@@ -72,10 +69,9 @@ class ModelCard:
 
     @classmethod
     def from_json(cls, text: str) -> ModelCard:
-        """The card that to_json wrote. One without a stem is from when there was only the strided one."""
+        """The card that to_json wrote."""
         values = json.loads(text)
-        model = ModelConfig(**{"stem": "strided", **values["model"]})
-        return cls(**{**values, "model": model, "classes": tuple(values["classes"])})
+        return cls(**{**values, "model": ModelConfig(**values["model"]), "classes": tuple(values["classes"])})
 
 
 def save_weights(folder: Path, card: ModelCard, modules: dict[str, nn.Module]) -> None:

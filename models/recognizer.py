@@ -52,7 +52,7 @@ class Recognizer(nn.Module):
         self.backbone = I3D(
             in_channels,
             temporal=config.temporal,
-            stem=config.stem_of(compat),
+            stem=config.stem,
             width=config.width,
             bn_momentum=config.bn_momentum,
             endpoints=(ENDPOINT,),

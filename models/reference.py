@@ -84,7 +84,7 @@ class Layout:
     @property
     def config(self) -> ModelConfig:
         """The network's configuration; the original's top-heavy stem skips every other frame."""
-        return ModelConfig(temporal=self.temporal, stem="strided" if self.temporal == "top_heavy" else "auto")
+        return ModelConfig(temporal=self.temporal)
 
     @property
     def names(self) -> dict[str, str]:

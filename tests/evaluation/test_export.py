@@ -29,7 +29,7 @@ needs_onnx = pytest.mark.skipif(
 def weights_in(folder, *, width=0.25, classes=("a", "b|c", "d`e"), clip_length=16, size=32, seed=0, **values):
     """A network with weights that tell clips apart: batch norm has seen some, the classifier is not near zero."""
     values = {"attention": True, "compat": "none", "data": {}, **values}
-    model = {"temporal": values.pop("temporal", "top_heavy"), "stem": values.pop("stem", "auto")}
+    model = {"temporal": values.pop("temporal", "top_heavy"), "stem": values.pop("stem", "strided")}
     card = ModelCard(ModelConfig(width=width, bn_momentum=0.5, **model), classes, clip_length, size, **values)
     torch.manual_seed(seed)
     network = card.build().train()
@@ -104,7 +104,7 @@ def test_the_card_tells_what_is_known(run, exported, data):
     assert json.loads((out / "model.json").read_text()) == json.loads(json.dumps(values))
     assert values["classes"] == list(data.classes) and values["name"] == "student"
     assert values["input"]["frames"] == 15 and values["input"]["size"] == 33 and values["input"]["stride"] == 2
-    assert values["input"]["mean"] == [0.5] * 3 and values["architecture"]["stem"] == "mean"
+    assert values["input"]["mean"] == [0.5] * 3 and values["architecture"]["stem"] == "strided"
     model, _ = load_recognizer(run)
     assert values["parameters"]["total"] == sum(p.numel() for p in model.parameters())
     results = json.loads((run / "evaluation" / "results.json").read_text())

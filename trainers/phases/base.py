@@ -60,9 +60,8 @@ class Phase:
         self.config = config
         self.part: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext
         data = config.data
-        model = config.model.model_copy(update={"stem": config.model.stem_of(config.compat)})
         self.card = checkpoints.ModelCard(
-            model=model, classes=classes, clip_length=data.clip_length, size=data.size,
+            model=config.model, classes=classes, clip_length=data.clip_length, size=data.size,
             attention=self.uses_attention, compat=config.compat, data=data.model_dump(mode="json"),
             modality=modality,
         )  # fmt: skip
