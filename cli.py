@@ -30,8 +30,8 @@ class _Group(click.Group):
             sys.exit(stopped.exit_code)
         except KeyboardInterrupt:
             click.echo(
-                "interrupted; run the same command again: finished shards, checkpoints, splits and demo steps are "
-                "kept, other work starts over",
+                "interrupted; run the same command to continue: finished shards, checkpoints, splits and demo "
+                "steps are kept, other work starts over",
                 err=True,
             )
             sys.exit(130)

@@ -17,7 +17,8 @@ from genkd.preprocessing.flow import FlowSettings
 from genkd.preprocessing.interop import dataset_sources
 from genkd.preprocessing.shards import Corrupt, Dataset
 
-CONFIG = DataConfig(clip_length=8, stride=2, size=32, scales=(1.0, 0.75))
+# This spread of flow maps its levels to -1..1.
+CONFIG = DataConfig(clip_length=8, stride=2, size=32, scales=(1.0, 0.75), flow_std=(0.5, 0.5))
 
 
 def loader(dataset, split="train", training=True, batch_size=5, config=CONFIG, **options):
