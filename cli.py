@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from . import __version__, cli_data, cli_evaluate, cli_export, cli_predict, cli_weights
-from .cli_options import FOLDER, examples
+from .cli_options import DEVICE, FOLDER, examples
 from .errors import Stopped, UserError, explain_os_error
 from .files import write_json
 
@@ -97,7 +97,7 @@ def train(phase: str, source: str, out: Path, resume: str, overrides: tuple[str,
 
 @main.command()
 @click.option("--out", default="demo-run", show_default=True, type=FOLDER, help="Folder; finished steps are kept.")
-@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
+@DEVICE
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**31 - 1))
 @examples("genkd demo\ngenkd demo --out /tmp/demo --seed 1")
 def demo(out: Path, device: str, seed: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from .cli_options import FOLDER, PLACE, examples
+from .cli_options import DEVICE, FOLDER, PLACE, PRECISION, examples
 from .errors import UserError
 
 
@@ -28,8 +28,8 @@ def evaluate() -> None:
 @click.option("--clips", default=10, show_default=True, type=click.IntRange(1), help="Uniform clips a video.")
 @click.option("--crops", default="1", show_default=True, type=click.Choice(["1", "3"]), help="Crops a clip.")
 @click.option("--batch-size", default=16, show_default=True, type=click.IntRange(1), help="Clips over all ranks.")
-@click.option("--precision", default="auto", show_default=True, type=click.Choice(["auto", "fp32", "bf16", "fp16"]))
-@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
+@PRECISION
+@DEVICE
 @click.option("--out", type=FOLDER, help="Write results.json and scores.parquet here; several WEIGHTS: into 1, 2, ...")
 @click.option("--json", "as_json", is_flag=True, help="Print the metrics as JSON.")
 @examples(

@@ -18,6 +18,10 @@ CORES = len(os.sched_getaffinity(0))
 WORKERS = click.option(
     "--workers", default=CORES, type=click.IntRange(0), show_default="cores", help="Processes; 0: none but this one."
 )
+DEVICE = click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
+PRECISION = click.option(
+    "--precision", default="auto", show_default=True, type=click.Choice(["auto", "fp32", "bf16", "fp16"])
+)
 
 
 class _Place(click.ParamType):

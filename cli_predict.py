@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from .cli_options import FOLDER, examples, refuse_ranks
+from .cli_options import DEVICE, FOLDER, PRECISION, examples, refuse_ranks
 from .errors import UserError
 
 _LARGEST = 2160
@@ -28,8 +28,8 @@ _LARGEST = 2160
 @click.option("--flow-method", type=click.Choice(["tvl1", "dis", "farneback"]),
               help="For flow weights  [default: as their data set, else tvl1]")  # fmt: skip
 @click.option("--batch-size", default=8, show_default=True, type=click.IntRange(1), help="Windows at a time.")
-@click.option("--precision", default="auto", show_default=True, type=click.Choice(["auto", "fp32", "bf16", "fp16"]))
-@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
+@PRECISION
+@DEVICE
 @click.option("--render", type=FOLDER, help="Write the video with what was found drawn into it: a .mp4 file, or a "
               "folder.")  # fmt: skip
 @click.option("--render-side", default=720, show_default=True, type=click.IntRange(240, _LARGEST),

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import UserError, explained
-from ..files import is_leftover, temporary_name
+from ..files import is_leftover, sync, temporary_name
 from ..models.checkpoints import ModelCard
 from ..pipelines.loader import Loader
 from ..pipelines.streams import is_flow
@@ -130,7 +130,7 @@ def complete_folder(out: Path) -> Iterator[Path]:
         staging.mkdir()
         yield staging
         for path in (*staging.iterdir(), staging):
-            _sync(path)
+            sync(path)
         if out.exists():
             os.rename(out, old)
         try:
@@ -139,7 +139,7 @@ def complete_folder(out: Path) -> Iterator[Path]:
             if old.exists():
                 os.rename(old, out)
             raise
-        _sync(out.parent)
+        sync(out.parent)
         # What was replaced, and what killed exports to this folder left: .NAME.HOST-PROCESS.tmp
         for path in out.parent.iterdir():
             mine = path.name.count(".") == out.name.count(".") + 3
@@ -218,11 +218,3 @@ def _name(weights: Path, run: Path | None) -> str:
     if run is not None:
         return run.resolve().name
     return weights.parent.name if weights.stem == "recognizer" else weights.stem
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import platform
@@ -20,7 +19,7 @@ from .. import __version__
 from ..configs.load import read_run
 from ..configs.schema import TrainConfig
 from ..errors import UserError
-from ..files import json_bytes, write_atomically
+from ..files import json_bytes, sha256_of, write_atomically
 from ..models.checkpoints import ModelCard, read_card
 from ..models.complexity import complexity
 from ..preprocessing.shards import Dataset
@@ -189,13 +188,9 @@ def _teacher(config: TrainConfig) -> dict[str, Any]:
 
 
 def _file(path: Path, formats: Sequence[str]) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
     # A format's weights that do not fit into its file lie beside it, under a longer name.
     form = next((name for name in formats if path.name.startswith(FORMATS[name].file)), None)
-    return {"file": path.name, "format": form, "bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    return {"file": path.name, "format": form, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def _code(value: object) -> str:

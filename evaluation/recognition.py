@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from torch import nn
 
 from ..configs.schema import DataConfig
 from ..errors import UserError
-from ..files import prepare_folder, write_json
+from ..files import prepare_folder, sha256_of, write_json
 from ..models.checkpoints import ModelCard, find_weights, load_recognizer, read_card
 from ..pipelines.loader import Loader
 from ..pipelines.streams import is_flow
@@ -215,15 +214,6 @@ def data_config(card: ModelCard) -> DataConfig:
         ) from None
 
 
-def sha256_of(path: Path) -> str:
-    """A file's SHA-256 in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _refuse_unsuitable(weights: Path, card: ModelCard, data: Dataset, split: str) -> None:
     """Raises UserError where weights cannot be evaluated on a split."""
     place, classes = data.storage, tuple(data.classes)
@@ -243,13 +233,18 @@ def _refuse_unsuitable(weights: Path, card: ModelCard, data: Dataset, split: str
     if held != card.modality:
         other = f"`genkd flow {place} OUT` makes one" if held == "rgb" else "give it the RGB data set"
         raise UserError(f"{weights} takes {_NAMES[card.modality]}, but {place} holds {_NAMES[held]}; {other}")
+    require_classes(data, split)
+
+
+def require_classes(data: Dataset, split: str) -> None:
+    """Raises UserError for an unknown or empty split, and for videos in it that have none of the data set's classes."""
     rows = data.rows(split)
-    labels = data.labels[rows]
-    bad = rows[(labels < 0) | (labels >= len(classes))]
+    labels, count = data.labels[rows], len(data.classes)
+    bad = rows[(labels < 0) | (labels >= count)]
     if len(bad):
         label, key = data.labels[bad[0]], data.table["key"][int(bad[0])].as_py()
-        what = "without a class" if (data.labels[bad] < 0).all() else f"with labels outside 0..{len(classes) - 1}"
+        what = "without a class" if (data.labels[bad] < 0).all() else f"with labels outside 0..{count - 1}"
         raise UserError(
-            f"{len(bad)} of the {len(rows)} videos in split {split!r} of {place} are {what}, e.g. {key} with label "
-            f"{label}; recognition needs one class each, so make the split without them"
+            f"{len(bad)} of the {len(rows)} videos in split {split!r} of {data.storage} are {what}, e.g. {key} with "
+            f"label {label}; recognition needs one class each, so make the split without them"
         )

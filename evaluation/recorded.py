@@ -9,8 +9,8 @@ from typing import Any
 
 from ..configs.schema import TrainConfig
 from ..errors import UserError
+from ..files import sha256_of
 from ..trainers import metrics
-from .recognition import sha256_of
 from .scores import RESULTS_FILE
 
 log = logging.getLogger(__name__)

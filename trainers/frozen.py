@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..configs.schema import TrainConfig
 from ..errors import UserError, explain_os_error
-from ..files import write_atomically
+from ..files import sha256_of, write_atomically
 from ..models import checkpoints
 from ..models.i3d import fold_batch_norm
 from ..models.recognizer import ENDPOINT
@@ -44,7 +44,7 @@ class FrozenTeacher:
         files = [checkpoints.find_weights(self.place)]
         if method.follows_vae:
             files.append(checkpoints.find_weights(self.place, checkpoints.CVAE_FILE))
-        self.digest = " ".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in files)
+        self.digest = " ".join(sha256_of(path) for path in files)
         self.modules: dict[str, nn.Module] = {"teacher": self.recognizer}
         if method.follows_vae:
             self.modules["teacher_cvae"] = checkpoints.load_cvae(self.place)

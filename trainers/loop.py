@@ -62,7 +62,7 @@ def train(config: TrainConfig, run: Path, say: Callable[[str], None] = print) ->
     if config.eval_every and config.data.eval_split in dataset.info["splits"]:
         splits.append(config.data.eval_split)
     for split in splits:
-        _check_labels(dataset, split)
+        recognition.require_classes(dataset, split)
     with ranks(config.device) as place:
         torch.set_float32_matmul_precision("high")
         # Whatever is wrong with the input shows here, before the run folder is touched.
@@ -80,20 +80,6 @@ def train(config: TrainConfig, run: Path, say: Callable[[str], None] = print) ->
                     return trainer.fit()
                 except OSError as error:
                     raise UserError(explain_os_error(error, f"writing {run}")) from None
-
-
-def _check_labels(dataset: Dataset, split: str) -> None:
-    """Every video of a split needs a class, and one that the data set has."""
-    rows = dataset.rows(split)
-    labels = dataset.labels[rows]
-    for wrong, what in ((labels < 0, "no class"), (labels >= len(dataset.classes), "a class that is not listed")):
-        if wrong.any():
-            row = rows[int(wrong.argmax())]
-            raise UserError(
-                f"{dataset.storage}: {int(wrong.sum())} of {len(rows)} videos in {split!r} have {what}, e.g. "
-                f"{dataset.table['key'][int(row)].as_py()} (label {dataset.labels[row]} of {len(dataset.classes)} "
-                "classes); recognition needs one each, so make the data set again with labels"
-            )
 
 
 class _Trainer:

@@ -26,39 +26,12 @@ from genkd.trainers.distributed import Ranks
 from genkd.trainers.loop import train
 from genkd.trainers.step import Stepper
 
-TINY = """
-epochs: 2
-batch_size: 4
-log_every: 1
-checkpoint_every: 1
-tensorboard: false
-precision: fp32
-data: {clip_length: 16, size: 32, scales: [1.0, 0.875]}
-model: {width: 0.25, bn_momentum: 0.1}
-optimizer: {name: adamw, lr: 0.001}
-phases: {distill: {model: {temporal: top_heavy}}}
-"""
-
-
-@pytest.fixture
-def tiny(tmp_path, data):
-    """A function: phase, overrides -> configuration on the synthetic data set."""
-    path = tmp_path / "tiny.yaml"
-    path.write_text(TINY)
-
-    def make(phase, *overrides):
-        return load(str(path), phase, [f"data.dataset={data.path}", *overrides])
-
-    make.path = path
-    return make
-
 
 @pytest.fixture(scope="module")
-def teachers(shard_sets, tmp_path_factory):
+def teachers(shard_sets, tiny_yaml, tmp_path_factory):
     """A finished representation run, trained for a moment; 10 training videos, so 3 steps an epoch."""
     folder = tmp_path_factory.mktemp("teachers")
-    (folder / "tiny.yaml").write_text(TINY)
-    config = load(str(folder / "tiny.yaml"), "representation", [f"data.dataset={shard_sets('vp9').path}", "epochs=1"])
+    config = load(str(tiny_yaml), "representation", [f"data.dataset={shard_sets('vp9').path}", "epochs=1"])
     train(config, folder / "rep", quiet)
     return folder / "rep"
 
