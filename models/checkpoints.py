@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import safetensors
 import safetensors.torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from ..configs.schema import DataConfig, ModelConfig
@@ -107,6 +108,12 @@ def read_card(place: str | Path) -> ModelCard:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
         return ModelCard.from_json(metadata["genkd"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, ("model", *first["loc"])))
+        raise UserError(
+            f"{path} does not fit this version of genkd: {where}: {first['msg']} (got {first['input']!r})"
+        ) from None
     except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
         raise UserError(
             f"{path} holds no weights that genkd wrote ({error}); others come in by `genkd import-checkpoint`"

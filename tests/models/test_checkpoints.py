@@ -1,4 +1,5 @@
 import pytest
+import safetensors.torch
 import torch
 
 from genkd.configs.schema import ModelConfig
@@ -61,3 +62,14 @@ def test_a_vae_of_another_network_is_refused_in_one_sentence(tmp_path):
     problem = r"cvae.safetensors does not fit the recognizer beside it: encoder.conv.0.weight is \(256, 256, 1, 3, 3\)"
     with pytest.raises(UserError, match=problem):
         checkpoints.load_cvae(tmp_path)
+
+
+def test_a_card_of_another_version_is_told_in_one_sentence(tmp_path):
+    checkpoints.save_weights(tmp_path, CARD, {"recognizer": CARD.build()})
+    path = tmp_path / "recognizer.safetensors"
+    text = CARD.to_json().replace('"strided"', '"braided"')
+    assert "braided" in text
+    path.write_bytes(safetensors.torch.save(safetensors.torch.load_file(path), metadata={"genkd": text}))
+    with pytest.raises(UserError, match=r"this version of genkd: model\.stem: .* \(got 'braided'\)$") as caught:
+        checkpoints.load_recognizer(tmp_path)
+    assert "\n" not in str(caught.value)
