@@ -70,6 +70,14 @@ def predict(videos: tuple[str, ...], weights: Path, render: Path | None, render_
         progress.start(sum(predictor.expected_windows(path) for path in paths))
         found = [predictor.predict(path, progress.add) for path in paths]
     values = to_json(predictor, found)
+    for entry in values["videos"]:
+        entry["rendered"] = entry["render_error"] = None
+    problem = None
+    if out:
+        try:  # before anything is shown, as who reads it may stop reading, which ends this process
+            write(out, values)
+        except UserError as error:
+            problem = error
     if not as_json:
         _show(values["videos"])
     problems = _render(found, predictor.card.classes, targets, render_side)
@@ -79,10 +87,12 @@ def predict(videos: tuple[str, ...], weights: Path, render: Path | None, render_
     if as_json:
         click.echo(json.dumps(values, indent=2, ensure_ascii=False))
     for entry in values["videos"]:
-        for problem in (entry["error"], entry["render_error"]):
-            if problem:
-                click.echo(f"{entry['path']}: {problem}", err=True)
-    if out:
+        for what in (entry["error"], entry["render_error"]):
+            if what:
+                click.echo(f"{entry['path']}: {what}", err=True)
+    if problem is not None:
+        raise problem
+    if out and targets:
         write(out, values)
     sys.exit(1 if values["failed"] or problems else 0)
 
