@@ -122,7 +122,7 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
 
 
 @main.command()
-@click.argument("what", type=click.Choice(["loader", "shard", "train"]))
+@click.argument("what", type=click.Choice(["loader", "shard", "train", "kernels"]))
 @click.option(
     "--data", type=FOLDER, help="loader, train: shard data set; shard: folder of videos  [default: synthetic]"
 )
@@ -138,11 +138,12 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
     "genkd bench loader\n"
     "genkd bench loader --data data/ucf101 --workload 16x224 --json\n"
     "genkd bench loader --tune --data data/ucf101 --workload 64x224\n"
-    "genkd bench train --out result.json"
+    "genkd bench train --out result.json\n"
+    "genkd bench kernels --repeats 20"
 )
 def bench(what: str, data: Path | None, workloads: tuple[str, ...], tune: bool, out: Path | None, repeats: int,
           as_json: bool) -> None:  # fmt: skip
-    """Measure side by side in one run: the loader against other loaders, sharding, training steps.
+    """Measure side by side in one run: the loader against other loaders, sharding, training steps, fused kernels.
 
     With --tune: look for the loader's fastest settings on this machine, for `genkd train`.
     """

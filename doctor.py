@@ -31,6 +31,7 @@ def examine() -> list[dict[str, Any]]:
         ("nvdec", _nvdec),
         ("encoders", _encoders),
         ("apex", _apex),
+        ("kernels", _kernels),
         ("disk", lambda: _space(Path.cwd(), 1)),
         ("shared memory", lambda: _space(Path("/dev/shm"), 0.06)),
         ("one clip", _one_clip),
@@ -89,6 +90,19 @@ def _apex() -> tuple[bool, str]:
     except ImportError:
         return True, "not installed (optional)"
     return True, "with fused optimizers" if hasattr(optimizers, "FusedSGD") else "without fused optimizers"
+
+
+def _kernels() -> tuple[bool, str]:
+    from .kernels import backend
+    from .kernels import compile as compiler
+    from .kernels.boundary_max_pool import boundary_max_pool
+
+    if not torch.cuda.is_available():
+        return True, "not used; without a GPU their ops run in torch"
+    with backend.selected("cuda"):
+        found = boundary_max_pool(torch.eye(4, device="cuda")[None], torch.full((1, 1, 4), 2.5, device="cuda"))
+    version = ".".join(map(str, compiler.nvrtc_version()))
+    return found.flatten().tolist() == [0, 0, 1, 0], f"compiled by NVRTC {version}, kept in {compiler.cache_folder()}"
 
 
 def _space(path: Path, needed_gb: float) -> tuple[bool, str]:

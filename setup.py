@@ -29,6 +29,9 @@ EXTRAS = {
         "onnx>=1.17",
         "onnxscript>=0.5.3",
         "onnxruntime>=1.20",
+        # The compiler of the CUDA kernels, which needs no GPU; where torch is built for CUDA, it brings its own.
+        "cuda-bindings>=13,<14",
+        "nvidia-cuda-nvrtc>=13,<14",
     ],
 }
 EXTRAS["all"] = EXTRAS["ray"] + EXTRAS["s3"] + EXTRAS["export"]
@@ -44,7 +47,7 @@ setup(
     python_requires=">=3.10",
     package_dir={"genkd": "."},
     packages=["genkd"] + ["genkd." + name for name in find_packages(exclude=["tests*"])],
-    package_data={"genkd.configs": ["*.yaml"], "genkd.evaluation": ["*.j2"]},
+    package_data={"genkd.configs": ["*.yaml"], "genkd.evaluation": ["*.j2"], "genkd.kernels": ["*.cu", "*.cuh"]},
     install_requires=[
         "torch>=2.9",
         "nvidia-dali-cuda120>=1.50",
@@ -54,6 +57,7 @@ setup(
         "pyarrow>=17",
         "fsspec>=2024.6",
         "google-crc32c>=1.6",
+        "cuda-core>=0.7",
         "click>=8.1",
         "rich>=13.7",
         "pydantic>=2.8",

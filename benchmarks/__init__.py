@@ -12,13 +12,13 @@ from ..errors import UserError
 def run_benchmark(
     what: str, data: Path | None, repeats: int, workloads: Sequence[str] = (), *, tune: bool = False
 ) -> dict[str, Any]:
-    """Runs the benchmark `what` ("loader", "shard" or "train"); data: None measures on synthetic videos.
+    """Runs the benchmark `what`: "loader", "shard", "train" or "kernels"; data: None measures on synthetic videos.
 
     workloads: of the loader benchmark; none are its default ones. tune: look for the loader's fastest settings
     instead. Raises UserError where another benchmark has none of these.
     """
     # Here and not above: a process that measures one thing should not hold the packages of the others.
-    from . import loader, loader_tune, shard, train
+    from . import kernels, loader, loader_tune, shard, train
 
     if what == "loader" and tune:
         if len(workloads) > 1:
@@ -28,4 +28,8 @@ def run_benchmark(
         return loader.run(data, repeats, workloads)
     if workloads or tune:
         raise UserError(f"--workload and --tune are for `genkd bench loader`; `genkd bench {what}` has none")
+    if what == "kernels":
+        if data is not None:
+            raise UserError("genkd bench kernels measures on random tensors; it takes no --data")
+        return kernels.run(repeats)
     return {"shard": shard.run, "train": train.run}[what](data, repeats)

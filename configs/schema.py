@@ -159,6 +159,14 @@ class OptimizerConfig(_Frozen):
         return self
 
 
+class KernelsConfig(_Frozen):
+    """The fused CUDA kernels of the losses."""
+
+    backend: Literal["auto", "cuda", "torch"] = Field(
+        "auto", description="auto: on a GPU, where they compile, else torch; cuda: or fail with the reason; torch"
+    )
+
+
 class DistillConfig(_Frozen):
     """How the distill phase learns from its teacher."""
 
@@ -208,6 +216,7 @@ class TrainConfig(_Frozen):
     model: ModelConfig = ModelConfig()
     distill: DistillConfig = DistillConfig()
     loss: LossConfig = LossConfig()
+    kernels: KernelsConfig = KernelsConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     cvae_optimizer: OptimizerConfig = OptimizerConfig(name="adamw", lr=1e-4)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..kernels.backend import as_formulas
 from ..models.checkpoints import RECOGNIZER_FILE, find_weights, load_recognizer
 from ..models.recognizer import Recognizer
 
@@ -56,7 +57,7 @@ class Source:
         """The graph for any number of clips of that shape."""
         example = torch.zeros(2, *self.clip_shape)  # of one clip, the batch would be taken for a constant 1
         shapes = {"clips": {0: torch.export.Dim("batch")}}
-        with torch.no_grad():
+        with torch.no_grad(), as_formulas():
             program = torch.export.export(self.graph, (example,), dynamic_shapes=shapes)
         for node in program.graph.nodes:  # where the sources lie on this machine is nothing to hand on
             node.meta.pop("stack_trace", None)

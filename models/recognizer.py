@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..configs.schema import ModelConfig
+from ..kernels.attention_kd import attention_kd
 from .attention import AttentionHead
 from .cvae import ConditionalVAE
 from .i3d import I3D, STRIDE_SPACE, STRIDE_TIME, feature_shape
@@ -19,12 +19,15 @@ STRIDES = (STRIDE_TIME, STRIDE_SPACE, STRIDE_SPACE)
 
 
 class RecognizerOutput(NamedTuple):
-    """features {endpoint: (N,C,T,H,W)}; attention (N,C,T), None without a head; logits (N,K,T'); scores (N,K)."""
+    """features {endpoint: (N,C,T,H,W)}; attention (N,C,T), None without a head; logits (N,K,T'); scores (N,K).
+
+    The last two are None where the forward pass was asked not to classify.
+    """
 
     features: dict[str, Tensor]
     attention: Tensor | None
-    logits: Tensor
-    scores: Tensor
+    logits: Tensor | None
+    scores: Tensor | None
 
 
 class Recognizer(nn.Module):
@@ -63,17 +66,23 @@ class Recognizer(nn.Module):
         self.logits = nn.Conv3d(channels, num_classes, 1)
         _initialize(self)
 
-    def forward(self, clips: Tensor) -> RecognizerOutput:
+    def forward(self, clips: Tensor, classify: bool = True) -> RecognizerOutput:
         self._check(clips)
         features = self.backbone(clips)
         last = features[ENDPOINT]
         attention = None if self.attention is None else self.attention(last)
-        weighted = last
-        if attention is not None and (self.training or not (self.compat == "reference" and self.in_channels == 2)):
-            weighted = foreground(last, attention, per_batch=self.compat == "reference")
-        pooled = F.avg_pool3d(weighted, self.pool, stride=1)
-        logits = self.logits(self.dropout(pooled)).flatten(2)
+        if not classify:
+            return RecognizerOutput(features, attention, None, None)
+        if attention is None or (not self.training and self.compat == "reference" and self.in_channels == 2):
+            pooled = F.avg_pool3d(last, self.pool, stride=1)
+        else:
+            pooled = attention_kd(last, attention, per_batch=self.compat == "reference").foreground
+        logits = self.classify(pooled)
         return RecognizerOutput(features, attention, logits, self.scores(logits))
+
+    def classify(self, pooled: Tensor) -> Tensor:
+        """Logits (N,K,T') of features averaged over space and two steps of time, (N,C,T',1,1)."""
+        return self.logits(self.dropout(pooled)).flatten(2)
 
     def _check(self, clips: Tensor) -> None:
         _, time, height, width = self.shape
@@ -90,18 +99,6 @@ class Recognizer(nn.Module):
         if self.compat == "reference":
             return logits.float().softmax(1).sum(2)
         return logits.float().mean(2).softmax(1)
-
-
-def foreground(features: Tensor, attention: Tensor, *, per_batch: bool = False) -> Tensor:
-    """F*a*r with r = sum(F) / sum(F*a), so that weighting keeps the features' scale. Sums are per sample.
-
-    features (N,C,T,H,W) are not negative (outputs of a ReLU); a sample of zeros alone stays zero.
-    """
-    weighted = features * attention[..., None, None]
-    axes = tuple(range(0 if per_batch else 1, 5))
-    total, kept = (x.float().sum(axes, keepdim=True) for x in (features, weighted))
-    tiny = torch.finfo(torch.float32).tiny
-    return weighted * (total / kept.clamp_min(tiny)).to(weighted.dtype)
 
 
 def build(

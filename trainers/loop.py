@@ -19,6 +19,7 @@ from ..errors import Stopped, UserError, explain_os_error
 from ..evaluation import recognition
 from ..evaluation.metrics import NotFinite
 from ..files import locked, remove_leftovers, write_atomically, write_json
+from ..kernels import backend
 from ..models import checkpoints as weights
 from ..pipelines.loader import Loader
 from ..pipelines.streams import is_flow
@@ -63,7 +64,8 @@ def train(config: TrainConfig, run: Path, say: Callable[[str], None] = print) ->
         splits.append(config.data.eval_split)
     for split in splits:
         recognition.require_classes(dataset, split)
-    with ranks(config.device) as place:
+    with ranks(config.device) as place, backend.selected(config.kernels.backend):
+        backend.require(config.kernels.backend, place.device.type)
         torch.set_float32_matmul_precision("high")
         # Whatever is wrong with the input shows here, before the run folder is touched.
         resumed = checkpoint.newest(run / "checkpoints") is not None

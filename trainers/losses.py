@@ -10,6 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..configs.schema import LossConfig
+from ..kernels import generative_kd
+from ..kernels.generative_kd import kl_to_attention
+
+__all__ = ["Terms", "classification", "distillation", "generative", "kl_to_attention", "reconstruction_weight", "weigh"]
 
 Terms = dict[str, Tensor]
 
@@ -21,13 +25,6 @@ def classification(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0
     """
     scores = logits.float().softmax(1).sum(2) if compat == "reference" else logits.float().mean(2)
     return F.cross_entropy(scores, labels, label_smoothing=label_smoothing)
-
-
-def kl_to_attention(mean: Tensor, logvar: Tensor, attention: Tensor) -> Tensor:
-    """KL divergence of N(mean, exp(logvar)) from the prior N(a, I), averaged over all elements."""
-    mean, logvar = mean.float(), logvar.float()
-    shift = mean - attention.float().transpose(1, 2)
-    return -0.5 * (1 + logvar - shift.square() - logvar.exp()).mean()
 
 
 def generative(
@@ -43,11 +40,15 @@ def generative(
 
     kd compares the reconstruction with the teacher VAE's of the same features, attention and noise.
     """
-    terms = {"mse": _mse(reconstruction, features), "kl": kl_to_attention(mean, logvar, attention)}
-    total = terms["mse"] + config.kl * terms["kl"]
-    if teacher_reconstruction is not None:
-        terms["kd"] = _mse(reconstruction, teacher_reconstruction)
-        total = total + config.generative * terms["kd"]
+    constants = (features, attention, teacher_reconstruction)
+    fused = not any(tensor is not None and tensor.requires_grad for tensor in constants)
+    function = generative_kd.generative_kd if fused else generative_kd.reference
+    found = function(features, reconstruction, mean, logvar, attention, teacher_reconstruction)
+    terms = {"mse": found.mse, "kl": found.kl}
+    total = found.mse + config.kl * found.kl
+    if found.kd is not None:
+        terms["kd"] = found.kd
+        total = total + config.generative * found.kd
     return {"total": total, **terms}
 
 
@@ -60,17 +61,24 @@ def distillation(
     attention: Tensor,
     teacher_attention: Tensor | None = None,
 ) -> Terms:
-    """Stage B, for backbone and attention: class + w * rec [+ attention weight * att].
+    """Stage B, for backbone and attention; see weigh().
+
+    features are not detached: they too move towards what the generative model expects.
+    """
+    att = None if teacher_attention is None else _mse(attention, teacher_attention)
+    return weigh(config, class_loss, epoch, _mse(reconstruction, features), att)
+
+
+def weigh(config: LossConfig, class_loss: Tensor, epoch: int, rec: Tensor, att: Tensor | None) -> Terms:
+    """Stage B of losses that are there: class + w * rec [+ attention weight * att].
 
     epoch counts from 1; w grows linearly to the reconstruction weight over reconstruction_ramp epochs (by default
-    min(epoch, 20) / 40). features are not detached: they too move towards what the generative model expects.
+    min(epoch, 20) / 40).
     """
-    terms = {"class": class_loss, "rec": _mse(reconstruction, features)}
-    total = class_loss + reconstruction_weight(config, epoch) * terms["rec"]
-    if teacher_attention is not None:
-        terms["att"] = _mse(attention, teacher_attention)
-        total = total + config.attention * terms["att"]
-    return {"total": total, **terms}
+    total = class_loss + reconstruction_weight(config, epoch) * rec
+    if att is None:
+        return {"total": total, "class": class_loss, "rec": rec}
+    return {"total": total + config.attention * att, "class": class_loss, "rec": rec, "att": att}
 
 
 def reconstruction_weight(config: LossConfig, epoch: int) -> float:

@@ -7,10 +7,11 @@ from torch import nn
 
 from genkd.configs.schema import ModelConfig
 from genkd.errors import UserError
+from genkd.kernels.attention_kd import foreground
 from genkd.models.attention import AttentionHead
 from genkd.models.cvae import ConditionalVAE
 from genkd.models.i3d import I3D, feature_shape, fold_batch_norm, same_padding
-from genkd.models.recognizer import Recognizer, build, build_cvae, foreground
+from genkd.models.recognizer import Recognizer, build, build_cvae
 
 SMALL = ModelConfig(width=0.25, dropout=0.0)
 

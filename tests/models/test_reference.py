@@ -13,8 +13,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from genkd.configs.schema import LossConfig, ModelConfig
+from genkd.kernels.attention_kd import foreground
 from genkd.models import checkpoints
-from genkd.models.recognizer import Recognizer, build, build_cvae, foreground
+from genkd.models.recognizer import Recognizer, build, build_cvae
 from genkd.trainers import losses
 
 CLIP = (1, 3, 64, 224, 224)

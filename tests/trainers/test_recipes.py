@@ -253,7 +253,7 @@ def test_divergence_names_step_term_and_last_good_state(tiny, teachers, tmp_path
     from genkd.trainers.phases import representation
 
     calls = []
-    original = representation.losses.distillation
+    original = representation.losses.weigh
 
     def broken(*arguments):
         calls.append(1)
@@ -262,7 +262,7 @@ def test_divergence_names_step_term_and_last_good_state(tiny, teachers, tmp_path
             return terms
         return {**terms, "total": terms["total"] * torch.inf, "rec": terms["rec"] * torch.inf}
 
-    monkeypatch.setattr(representation.losses, "distillation", broken)
+    monkeypatch.setattr(representation.losses, "weigh", broken)
     with pytest.raises(UserError, match=r"at step 5: recognizer/rec not finite.*step-00000004\.pt\)") as caught:
         config = tiny("distill", f"teacher={teachers}", "epochs=3", "log_every=7", "checkpoint_every=4")
         train(config, tmp_path / "run", quiet)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...configs.schema import TrainConfig
+from ...kernels.attention_kd import attention_kd
 from ...models.recognizer import ENDPOINT, RecognizerOutput
 from ...pipelines.loader import Batch
 from .. import losses
@@ -39,11 +40,13 @@ class Representation(Phase):
     def stages(self, batch: Batch, turn: Turn) -> Iterator[Stage]:
         if turn.only == "cvae":
             with torch.no_grad(), self.part("student"):  # batch norm's statistics move, as in the original
-                output = self.recognizer(batch.clips)
+                output = self.recognizer(batch.clips, classify=False)
             yield self._stage_a(output, turn)
             return
         with self.part("student"):
-            output = self.nets["recognizer"](batch.clips)
+            # The classifier comes after the VAE, in stage B, so that the features are read once for all of its terms.
+            # DDP reduces gradients as they arrive, so its parameters may be used outside of the wrapped forward.
+            output = self.nets["recognizer"](batch.clips, classify=False)
         if turn.only is None:
             yield self._stage_a(output, turn)
         yield self._stage_b(output, batch, turn)  # with the VAE as stage A has just left it
@@ -67,10 +70,14 @@ class Representation(Phase):
             reconstruction = self.cvae.decode_frozen(output.attention, turn.noise.prior)
         taught = self.teacher_attention(batch, turn)
         with self.part("losses"):
+            found = attention_kd(
+                output.features[ENDPOINT], output.attention, taught, reconstruction,
+                per_batch=self.config.compat == "reference",
+            )  # fmt: skip
             class_loss = losses.classification(
-                output.logits, batch.labels, label_smoothing=config.label_smoothing, compat=self.config.compat
-            )
-            terms = losses.distillation(
-                config, class_loss, turn.epoch, output.features[ENDPOINT], reconstruction, output.attention, taught
-            )
+                self.recognizer.classify(found.foreground), batch.labels, label_smoothing=config.label_smoothing,
+                compat=self.config.compat,
+            )  # fmt: skip
+            assert found.reconstruction_loss is not None
+            terms = losses.weigh(config, class_loss, turn.epoch, found.reconstruction_loss, found.attention_loss)
         return Stage("recognizer", terms)
