@@ -102,9 +102,9 @@ def _cases(device: torch.device, small: bool) -> Iterator[Case]:
     numbers = (1, 32, 512) if gpu else (1, 16)
     recognition = [(n, 1024, 8, 7, 7) for n in numbers]
     detection = [(n, *rest) for n in ((1, 8, 64) if gpu else (1,)) for rest in ((832, 64, 6, 6), (1024, 32, 3, 3))]
-    pools = [(n, 512, 256, 126) for n in (1, 8)]
+    pooling = [(n, 512, 256, 126) for n in (1, 8)]
     if small:
-        recognition, detection, pools = [(1, 64, 4, 3, 3)], [], [(1, 8, 16, 5)]
+        recognition, detection, pooling = [(1, 64, 4, 3, 3)], [], [(1, 8, 16, 5)]
     layouts = ("contiguous", "channels_last_3d") if gpu else ("channels_last_3d",)
     for dtype in DTYPES:
         for layout in layouts:
@@ -112,8 +112,8 @@ def _cases(device: torch.device, small: bool) -> Iterator[Case]:
                 for shape in shapes:
                     yield _attention(shape, dtype, layout, device, maps)
                     yield _generative(shape, dtype, layout, device)
-        for shape in pools:
-            yield _pooling(shape, dtype, device)
+        for n, channels, steps, segments in pooling:
+            yield _pooling(n, channels, steps, segments, dtype, device)
 
 
 def _random(shape: tuple[int, ...], dtype: str, layout: str, device: torch.device, seed: int) -> Tensor:
@@ -159,8 +159,7 @@ def _generative(shape: tuple[int, ...], dtype: str, layout: str, device: torch.d
     return Case("generative_kd", shape, dtype, layout, [made, mean, logvar], contenders, moved)
 
 
-def _pooling(shape: tuple[int, ...], dtype: str, device: torch.device) -> Case:
-    n, channels, steps, count = shape
+def _pooling(n: int, channels: int, steps: int, count: int, dtype: str, device: torch.device) -> Case:
     features = _random((n, channels, steps), dtype, "", device, 0)
     generator = torch.Generator(device).manual_seed(1)
     # As around the boundaries of segments of a few to all of the steps.
@@ -176,7 +175,7 @@ def _pooling(shape: tuple[int, ...], dtype: str, device: torch.device) -> Case:
     out = n * channels * count
     moved = (features.nbytes + segments.nbytes + out * (features.element_size() + 4),
              features.nbytes + out * (features.element_size() + 4))  # fmt: skip
-    return Case("boundary_max_pool", shape, dtype, "", [features], contenders, moved)
+    return Case("boundary_max_pool", (n, channels, steps, count), dtype, "", [features], contenders, moved)
 
 
 class _Original(torch.autograd.Function):

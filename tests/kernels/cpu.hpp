@@ -164,6 +164,12 @@ static void run_block() {
 
 }  // namespace cpu
 
+inline float atomicAdd(float* address, float value) {
+  const float before = *address;
+  *address += value;
+  return before;
+}
+
 inline void __syncthreads() { cpu::wait_at(cpu::AT_BARRIER); }
 
 template <class T>

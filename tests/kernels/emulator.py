@@ -29,7 +29,7 @@ class Emulated:
         text = compiler.source(name)
         flags = [f"-D{key}={value}" for key, value in sorted(defines.items())]
         key = hashlib.sha256(repr((text, flags)).encode()).hexdigest()[:16]
-        file, library = (Path(_folder().name, f"{name}-{key}.{end}") for end in ("cpp", "so"))
+        file, library = (Path(_folder().name, f"{Path(name).name}-{key}.{end}") for end in ("cpp", "so"))
         file.write_text(text)
         # -ffp-contract=fast as on a GPU, where products and sums are fused.
         command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-ffp-contract=fast", "-Wno-unknown-pragmas"]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import genkd
+from genkd.benchmarks import kernels as benchmark
 from genkd.kernels.boundary_max_pool import boundary_max_pool as op
 from genkd.kernels.boundary_max_pool import reference
 
@@ -79,6 +80,15 @@ def test_not_a_number_and_infinities_in_features(request, kernels):
     assert pooled.isnan().tolist() == [[[True, False], [False, True]]] and pooled[0, 1, 0] == -float("inf")
     pooled.backward(torch.ones_like(pooled))
     assert features.grad.tolist() == [[[0, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 0]]]
+
+
+def test_the_benchmarks_transcription_of_the_original_algorithm(emulated):
+    """No two values are equal: of equal ones the original's order of atomics is free."""
+    features = torch.randperm(2 * 6 * 30, generator=torch.Generator().manual_seed(0)).reshape(2, 6, 30).float()
+    segments = inputs(2, 6, 30, 50)[1]
+    want = run(reference, features, segments)
+    for got, expected in zip(run(benchmark._Original.apply, features, segments), want, strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 def test_gradcheck_opcheck_and_no_segments(emulated):
