@@ -12,13 +12,14 @@ class AttentionHead(nn.Module):
 
     A 1xHxW convolution to C/2 channels, group norm, ReLU; the T steps are repeated to C positions (nearest), a
     convolution over the positions gives C channels, and a linear layer maps the positions back to T: T is therefore
-    fixed when the head is built. "Generative Model-based Feature Knowledge Distillation", AAAI 2024.
+    fixed when the head is built. hidden: channels in place of C/2. "Generative Model-based Feature Knowledge
+    Distillation", AAAI 2024.
     """
 
-    def __init__(self, channels: int, time: int, height: int, width: int):
+    def __init__(self, channels: int, time: int, height: int, width: int, hidden: int | None = None):
         super().__init__()
         self.channels, self.time = channels, time
-        hidden = channels // 2
+        hidden = hidden or channels // 2
         self.reduce = nn.Sequential(
             nn.Conv3d(channels, hidden, (1, height, width)), nn.GroupNorm(32, hidden), nn.ReLU()
         )

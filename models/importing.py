@@ -45,6 +45,8 @@ def import_weights(
     state = without_module(read_state(file))
     try:
         layout = identify(state)
+        if layout.detection:
+            raise UserError(f"these are weights of {layout.named}; models.checkpoints.from_reference loads them")
         path = out / (CVAE_FILE if layout.cvae else RECOGNIZER_FILE)
         if path.exists() and not force:
             raise UserError(f"{path} exists; import into another folder, or write over it with --force")

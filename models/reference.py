@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from ..configs.schema import ModelConfig
 from ..errors import UserError, explain_os_error
+from .detector import Detector, build_cvaes, detector_shapes
+from .i3d import STRIDE_SPACE, STRIDE_TIME
 from .recognizer import Recognizer, build_cvae
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".pth.tar")
@@ -28,6 +30,8 @@ _LOGITS = "logits.conv3d."
 _TRUNK = "backbone._model."
 _CVAE_CONV, _CVAE_HALF = "cencoder.con1.0.weight", "cencoder_832.con2.0.weight"
 _DETECTION = ("coarse_pyramid_detection.", "deconv2.", "Att_Head_4f.")
+_FINE, _COARSE = "Att_Head_4f.3.weight", "Att_Head_5c.3.weight"
+_CONF = "coarse_pyramid_detection.conf_head.conv1d.weight"
 
 # How keys begin there and here; the first that fits is taken.
 _I3D_NAMES = {_LOGITS: "logits.", "": "backbone."}
@@ -40,6 +44,29 @@ _RECOGNIZER_NAMES = {
     "Att_Head_5c.1.": "attention.norm.",
     "Att_Head_5c.3.": "attention.linear.",
 }
+_DETECTOR_NAMES = {
+    _TRUNK: "backbone.",
+    "coarse_pyramid_detection.pyramids.0.0.conv3d.": "pyramid.levels.0.0.",
+    "coarse_pyramid_detection.pyramids.1.0.conv3d.": "pyramid.levels.1.0.",
+    "coarse_pyramid_detection.pyramids.": "pyramid.levels.",
+    "coarse_pyramid_detection.loc_heads.": "pyramid.loc_scales.",
+    **{
+        f"coarse_pyramid_detection.{side}_proposal_branch.{old}.": f"pyramid.{side}_branch.{new}."
+        for side in ("loc", "conf")
+        for old, new in (("cur_point_conv", "point"), ("lr_conv", "sides"), ("roi_conv", "frames"),
+                         ("proposal_conv", "merge"))
+    },
+    **{f"coarse_pyramid_detection.deconv.{3 * block + part}.": f"pyramid.frames.{block}.{part}."
+       for block in range(3) for part in range(2)},
+    "coarse_pyramid_detection.": "pyramid.",
+    **{
+        f"{old}.": f"attention.{endpoint}.{new}."
+        for endpoint, number, head in (("Mixed_5c", 1, "5c"), ("Mixed_4f", 2, "4f"))
+        for old, new in ((f"deconv{number}.0", "reduce.0"), (f"deconv{number}.1", "reduce.1"),
+                         (f"Att_Head_{head}.0.conv1d", "conv"), (f"Att_Head_{head}.1", "norm"),
+                         (f"Att_Head_{head}.3", "linear"))
+    },
+}  # fmt: skip
 _CVAE_NAMES = {
     "cencoder.con1.": "encoder.conv.",
     "cencoder.fc1.": "encoder.mlp.0.",
@@ -49,6 +76,14 @@ _CVAE_NAMES = {
     "cdecoder.fc2.": "decoder.mlp.2.",
     "cdecoder.fc3.": "decoder.mlp.4.",
     "cdecoder.deconv.": "decoder.deconv.",
+}
+# Both halves, of the two endpoints.
+_DETECTION_CVAE_NAMES = {
+    **{old: f"Mixed_5c.{new}" for old, new in _CVAE_NAMES.items()},
+    **{
+        old.replace("coder.", "coder_832.").replace("con1.", "con2."): f"Mixed_4f.{new}"
+        for old, new in _CVAE_NAMES.items()
+    },
 }
 
 
@@ -64,7 +99,10 @@ class ImportReport:
 
 @dataclass(frozen=True)
 class Layout:
-    """The module that a state dict belongs to. height and width are Mixed_5c's; time is its length, 0 if not fixed."""
+    """The module that a state dict belongs to. height and width are Mixed_5c's; time is its length, 0 if not fixed.
+
+    detection: the module belongs to a detector, whose modules are of two endpoints.
+    """
 
     kind: str
     cvae: bool = False
@@ -75,6 +113,7 @@ class Layout:
     time: int = 0
     height: int = 0
     width: int = 0
+    detection: bool = False
 
     @property
     def named(self) -> str:
@@ -89,11 +128,15 @@ class Layout:
     @property
     def names(self) -> dict[str, str]:
         """How keys begin there -> here."""
+        if self.detection:
+            return _DETECTION_CVAE_NAMES if self.cvae else _DETECTOR_NAMES
         return _CVAE_NAMES if self.cvae else _RECOGNIZER_NAMES if self.attention else _I3D_NAMES
 
     def build(self) -> nn.Module:
         """The module without storage, on the meta device, for load_state_dict(assign=True)."""
         with torch.device("meta"):
+            if self.detection:
+                return self._build_detection()
             if self.cvae:
                 return build_cvae((_CHANNELS, 1, self.height, self.width))
             shape = (_CHANNELS, self.time or 8, self.height or 7, self.width or 7)
@@ -101,6 +144,15 @@ class Layout:
                 self.config, self.num_classes, shape, attention=self.attention, compat="reference",
                 in_channels=self.in_channels,
             )  # fmt: skip
+
+    def _build_detection(self) -> nn.Module:
+        clip_length, size = self.time * STRIDE_TIME, self.height * STRIDE_SPACE
+        if self.cvae:
+            return build_cvaes(detector_shapes(256, size, 1.0))
+        return Detector(
+            self.config, self.num_classes, detector_shapes(clip_length, size, 1.0), clip_length, compat="reference",
+            in_channels=self.in_channels,
+        )  # fmt: skip
 
     def may_lack(self, name: str) -> bool:
         """Whether a parameter or buffer of genkd's module may be absent, and is 0 then.
@@ -113,24 +165,39 @@ class Layout:
 def identify(state: Mapping[str, Tensor]) -> Layout:
     """Which module of the original implementation a state dict belongs to, by its keys and shapes.
 
-    Keys come without "module.". Raises UserError for anything but a plain I3D, a recognition network or its VAE.
+    Keys come without "module.". Raises UserError for anything but a plain I3D, a network of recognition or detection,
+    or its VAE.
     """
     if _CVAE_CONV in state:
         height, width = _shape(state, _CVAE_CONV, 5)[3:]
         half = _shape(state, _CVAE_HALF, 5)[3] if _CVAE_HALF in state else 0
-        if (height, width) == (3, 3):
-            raise UserError("these weights look like a detection CVAE (3x3 maps); only recognition's are imported")
+        if (height, width) == (3, 3):  # of 96 pixels, the only size that the original's detection has
+            return Layout("detection cvae", cvae=True, detection=True, height=height, width=width)
         owner = {14: "teacher ", 6: "student "}.get(half, "")
         return Layout(f"recognition {owner}cvae", cvae=True, height=height, width=width)
     if any(key.startswith(_DETECTION) for key in state):
-        raise UserError("these weights look like a detection network; only recognition's are imported")
+        return _detector(state)
     for prefix in (_TRUNK, ""):
         if prefix + _STEM in state and prefix + _LOGITS + "weight" in state:
             return _network(state, prefix)
     raise UserError(
         "these weights are none that can be imported: plain I3D with its classifier, or the original implementation's "
-        "recognition teacher, student or CVAE"
+        "teacher, student or CVAE of recognition or detection"
     )
+
+
+def _detector(state: Mapping[str, Tensor]) -> Layout:
+    for key in (_TRUNK + _STEM, "deconv1.0.weight", _COARSE, _FINE, _CONF):
+        if key not in state:
+            raise UserError(f"the weights look like a detection network but lack its {key}")
+    _, channels, extent, _, _ = _shape(state, _TRUNK + _STEM, 5)
+    temporal: Literal["full", "top_heavy"] = "full" if extent == 7 else "top_heavy"
+    return Layout(
+        "detection teacher" if temporal == "full" else "detection student", attention=True, detection=True,
+        temporal=temporal, in_channels=channels, num_classes=_shape(state, _CONF, 3)[0] - 1,
+        time=_shape(state, _COARSE, 2)[0], height=_shape(state, "deconv1.0.weight", 5)[3],
+        width=_shape(state, "deconv1.0.weight", 5)[4],
+    )  # fmt: skip
 
 
 def _network(state: Mapping[str, Tensor], prefix: str) -> Layout:
@@ -164,12 +231,12 @@ def without_module(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_reference(state: Mapping[str, Tensor]) -> tuple[nn.Module, ImportReport]:
-    """A module in eval mode with the weights of a plain I3D, or of a recognition teacher, student or CVAE.
+    """A module in eval mode with the weights of a plain I3D, or of a teacher, student or CVAE.
 
     The kind is told by keys and shapes; a leading "module." is ignored. A plain I3D becomes a Recognizer without
-    attention. The 832-channel halves of the CVAEs, which recognition never uses, are left out and reported as unused.
-    Tensors are copied, as float32. Raises UserError for other modules, wrong shapes, sparse tensors, and missing or
-    non-finite weights.
+    attention, a detection CVAE a ModuleDict of both endpoints' ConditionalVAEs. The 832-channel halves of
+    recognition's CVAEs, which are never used, are left out and reported as unused. Tensors are copied, as float32.
+    Raises UserError for other modules, wrong shapes, sparse tensors, and missing or non-finite weights.
     """
     state = without_module(state)
     layout = identify(state)

@@ -13,6 +13,7 @@ from genkd.configs.schema import ModelConfig
 from genkd.errors import UserError
 from genkd.evaluation.recognition import evaluate_weights
 from genkd.models import checkpoints
+from genkd.models import reference as reference_weights
 from genkd.models.importing import import_weights
 from genkd.models.recognizer import Recognizer, build_cvae
 from genkd.trainers import phases
@@ -130,11 +131,13 @@ def test_the_cvaes_are_told_apart_by_the_half_that_is_not_used(reference):
 
 
 @pytest.mark.parametrize("name", ["teacher", "student", "cvae_teacher", "cvae_student"])
-def test_detection_weights_are_named_and_refused(reference, name):
+def test_detection_weights_are_told_apart(reference, name):
     entries = json.loads((reference / "keys" / f"detection_{name}.json").read_text())
     state = {key: torch.zeros(()).expand(shape) for key, shape, _ in entries}
-    with pytest.raises(UserError, match=r"look like a detection (network|CVAE)"):
-        checkpoints.from_reference(state)
+    layout = reference_weights.identify(state)
+    assert layout.detection and layout.kind == ("detection cvae" if "cvae" in name else f"detection {name}")
+    if "cvae" not in name:
+        assert (layout.num_classes, layout.time, layout.height) == (20, 32, 3)
 
 
 def test_modules_that_are_not_whole_are_refused_by_their_keys():
