@@ -48,7 +48,7 @@ def examine() -> list[dict[str, Any]]:
 
 def _torch() -> tuple[bool, str]:
     major, minor = (int(part) for part in torch.__version__.split(".")[:2])
-    return (major, minor) >= (2, 9), f"{torch.__version__}, CUDA {torch.version.cuda or 'no'}"
+    return (major, minor) >= (2, 10), f"{torch.__version__}, CUDA {torch.version.cuda or 'no'}"
 
 
 def _gpu() -> tuple[bool, str]:

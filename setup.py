@@ -29,7 +29,7 @@ EXTRAS = {
         "onnx>=1.17",
         "onnxscript>=0.5.3",
         "onnxruntime>=1.20",
-        # The compiler of the CUDA kernels, which needs no GPU; where torch is built for CUDA, it brings its own.
+        # The compiler of the CUDA kernels, which needs no GPU; torch for CUDA, from 2.10 on, brings its own.
         "cuda-bindings>=13,<14",
         "nvidia-cuda-nvrtc>=13,<14",
     ],
@@ -47,9 +47,14 @@ setup(
     python_requires=">=3.10",
     package_dir={"genkd": "."},
     packages=["genkd"] + ["genkd." + name for name in find_packages(exclude=["tests*"])],
-    package_data={"genkd.configs": ["*.yaml"], "genkd.evaluation": ["*.j2"], "genkd.kernels": ["*.cu", "*.cuh"]},
+    package_data={
+        "genkd.configs": ["*.yaml"],
+        "genkd.evaluation": ["*.j2"],
+        "genkd.kernels": ["*.cu", "*.cuh"],
+        "genkd.benchmarks": ["*.cu"],
+    },
     install_requires=[
-        "torch>=2.9",
+        "torch>=2.10",
         "nvidia-dali-cuda120>=1.50",
         "av>=14",
         "numpy>=1.26",

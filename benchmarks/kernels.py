@@ -6,6 +6,7 @@ run in torch, and what is compared is their way of computing.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
@@ -19,13 +20,14 @@ import torch
 from torch import Tensor
 from torch._functorch import config as functorch_config
 
-from ..kernels import attention_kd, boundary_max_pool, generative_kd
+from ..kernels import attention_kd, backend, boundary_max_pool, generative_kd
 from ..kernels import compile as compiler
 from .common import machine, versions
 
 log = logging.getLogger(__name__)
 
 EAGER, COMPILED, GENKD, ORIGINAL = "torch eager", "torch.compile", "genkd", "original algorithm"
+IN_TORCH = "genkd's steps in torch"  # what runs where the kernels cannot
 MODES = ("forward", "backward", "both")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
@@ -55,15 +57,16 @@ def run(repeats: int = 20, *, on_gpu: bool | None = None, small: bool = False) -
     """Measures every case. repeats: of each timing. small: two small cases alone."""
     on_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
     device = torch.device("cuda" if on_gpu else "cpu")
-    # A backward pass is timed again and again on one graph.
-    functorch_config.donated_buffer = False  # type: ignore[attr-defined]
     clock = _GpuClock() if on_gpu else _CpuClock()
-    copy = _copy_bandwidth(clock, device, repeats, small)
+    used = None if small else resources()
     rows: list[dict[str, Any]] = []
-    for case in _cases(device, small):
-        log.info("%s", case.name)
-        rows += _measure(case, clock, repeats, copy)
-        del case
+    # A backward pass is timed again and again on one graph.
+    with clock.running(), functorch_config.patch(donated_buffer=False):
+        copy = _copy_bandwidth(clock, device, repeats, small)
+        for case in _cases(device, small):
+            log.info("%s", case.name)
+            torch._dynamo.reset()  # each case is one more shape of the same functions
+            rows += _measure(case, clock, repeats, copy)
     return {
         "benchmark": "kernels", "unit": "us", "machine": machine(), "versions": versions(), "rows": rows,
         "about": {
@@ -72,12 +75,13 @@ def run(repeats: int = 20, *, on_gpu: bool | None = None, small: bool = False) -
             "timing": "CUDA graph replays, L2 flushed" if on_gpu else "calls",
             "implementation": "CUDA kernels" if on_gpu else "torch",
         },
-        "resources": resources() if not small else None,
+        "resources": used,
     }  # fmt: skip
 
 
-def resources() -> dict[str, dict[str, dict[str, int]]]:
-    """Registers, shared memory and spills of every kernel by architecture, for the types that autocast gives."""
+def resources() -> dict[str, dict[str, Any]]:
+    """Registers, shared memory and spills of every kernel by architecture, for the types that autocast gives; under
+    "failed", why an architecture has none."""
     types = {"FEATURE": "bf16", "RECONSTRUCTION": "float", "TAUGHT": "float", "LATENT": "bf16", "ATTENTION": "bf16"}
     sources: list[tuple[str, str, compiler.Defines]] = [
         ("boundary_max_pool", "", {"WIDTH": 1, "ELEMENT": "bf16", "SEGMENT": "float"}),
@@ -89,11 +93,14 @@ def resources() -> dict[str, dict[str, dict[str, int]]]:
             sources.append(
                 ("attention_kd", said, {"WIDTH": 8, "LAST": last, "MAPS": maps, "HAS_RECONSTRUCTION": 1, **types})
             )
-    found: dict[str, dict[str, dict[str, int]]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for arch in ARCHITECTURES:
-        for source, said, defines in sources:
-            for kernel, used in compiler.build(source, defines, arch)[1].items():
-                found.setdefault(kernel + said, {})[arch] = used._asdict()
+        try:
+            for source, said, defines in sources:
+                for kernel, used in compiler.build(source, defines, arch)[1].items():
+                    found.setdefault(kernel + said, {})[arch] = used._asdict()
+        except compiler.Failed as problem:
+            found.setdefault("failed", {})[arch] = str(problem)
     return found
 
 
@@ -216,6 +223,8 @@ def _measure(case: Case, clock: _Clock, repeats: int, copy: float) -> list[dict[
     rows = []
     for mode in MODES:
         calls = {name: _call(function, leaves, mode) for name, function in functions.items()}
+        if clock.has_kernels:
+            calls[IN_TORCH] = _in_torch(calls[GENKD])
         times = clock.time(calls, repeats)
         base = float(np.median(times[EAGER]))
         bytes_moved = sum(case.moved) if mode == "both" else case.moved[MODES.index(mode)]
@@ -232,6 +241,14 @@ def _measure(case: Case, clock: _Clock, repeats: int, copy: float) -> list[dict[
     return rows
 
 
+def _in_torch(call: Callable[[], Any]) -> Callable[[], Any]:
+    def run() -> Any:
+        with backend.selected("torch"):
+            return call()
+
+    return run
+
+
 def _call(function: _Function, leaves: list[Tensor], mode: str) -> Callable[[], Any]:
     if mode == "forward":
         return lambda: function(*leaves)
@@ -243,9 +260,14 @@ def _call(function: _Function, leaves: list[Tensor], mode: str) -> Callable[[], 
 
 
 class _Clock:
-    """mode: torch.compile's. time: microseconds of each call by contender, which take turns. peak: bytes allocated."""
+    """mode: torch.compile's. has_kernels: whether the ops are kernels here. time: microseconds of each call by
+    contender, which take turns. peak: bytes allocated."""
 
     mode: str | None = None
+    has_kernels = False
+
+    def running(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
 
     def time(self, calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
         raise NotImplementedError
@@ -279,9 +301,15 @@ class _CpuClock(_Clock):
 
 class _GpuClock(_Clock):
     mode = "max-autotune-no-cudagraphs"
+    has_kernels = True
 
     def __init__(self) -> None:
         self._flush = torch.empty(256 * 2**20, dtype=torch.uint8, device="cuda")
+        self._stream = torch.cuda.Stream()
+
+    def running(self) -> contextlib.AbstractContextManager:
+        # All on one stream: a backward pass runs where its forward pass ran, and that must be where it is captured.
+        return torch.cuda.stream(self._stream)
 
     def time(self, calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
         graphs = {name: self._capture(call) for name, call in calls.items()}
@@ -298,14 +326,11 @@ class _GpuClock(_Clock):
         return times
 
     def _capture(self, call: Callable[[], Any]) -> torch.cuda.CUDAGraph:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                call()
-        torch.cuda.current_stream().wait_stream(side)
+        for _ in range(3):
+            call()
+        torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=self._stream):
             call()
         return graph
 

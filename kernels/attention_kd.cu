@@ -1,7 +1,7 @@
 // Stage B of generative feature distillation: features weighted by attention, pooled or as maps, and its two losses.
 //
-// Features (N,C,T,P), P = H*W positions; a sample's rows are (c,t), row = c*T + t, and rows = C*T. In memory they lie as
-// (N,C,T,P), or with LAST as (N,T,P,C), channels_last_3d. Blocks of THREADS threads take a sample's rows in `chunks`
+// Features (N,C,T,P), P = H*W positions; a sample's rows are (c,t), row = c*T + t, and rows = C*T. In memory they lie
+// as (N,C,T,P), or with LAST as (N,T,P,C), channels_last_3d. Blocks of THREADS threads take a sample's rows in `chunks`
 // pieces. Everything is summed in float32, in an order that depends on shapes alone.
 //
 // Macros: WIDTH; LAST; MAPS (foreground and background maps, else the pooled foreground); HAS_RECONSTRUCTION;
@@ -13,15 +13,15 @@ constexpr int TILE = 4096;      // floats of a block's rows held in shared memor
 constexpr int MAX_ROWS = 1024;  // rows a block takes at most
 constexpr int GROUPS = THREADS / WARP;
 constexpr int PARTIALS = 5;  // sums of F, F*a, F*(1-a), (R-F)^2, (a-t)^2
-constexpr int STATS = 4;     // of a sample: r, sum F*a, r of the background, sum F*(1-a)
+constexpr int STATS = 6;     // of a sample: r, sum F*a, r of the background, sum F*(1-a), its two losses' sums
 
 __device__ __forceinline__ float weight(const ATTENTION* attention, int64 at, int logits) {
   float value = to_float(attention[at]);
   return logits ? sigmoid(value) : value;
 }
 
-// A sum too small to divide by: the ratio is 0 and passes no gradient.
-__device__ __forceinline__ float inverse(float sum) { return fabsf(sum) > 1.1754944e-38f ? 1.0f / sum : 0.0f; }
+// Of a sum too small to divide by, 0: the ratio is 0 and passes no gradient. What is not a number stays so.
+__device__ __forceinline__ float inverse(float sum) { return fabsf(sum) <= 1.1754944e-38f ? 0.0f : 1.0f / sum; }
 
 // Sums over the positions of each row. read(offset, out) gives COUNT values for WIDTH elements from that offset of the
 // tensor, and may keep sums of its own; finish(row, sums) is called once for each row, by one thread.
@@ -163,6 +163,12 @@ __device__ void map_rows(int64 sample, int chunk, int64 C, int64 T, int64 P, int
 }
 #endif
 
+__device__ __forceinline__ void write_losses(float squares, float differences, float* rec, float* att, int64 N, int64 C,
+                                             int64 T, int64 P) {
+  *rec = squares / ((float)N * (float)(C * T) * (float)P);
+  *att = differences / ((float)N * (float)(C * T));
+}
+
 // Each block: its rows' sums over the positions (N,C,T), and partial (N,chunks,PARTIALS) of its rows.
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
     attention_kd_sums(const FEATURE* __restrict__ features, const RECONSTRUCTION* __restrict__ reconstruction,
@@ -198,32 +204,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4)
     for (int i = 0; i < PARTIALS; i++) partial[blockIdx.x * (int64)PARTIALS + i] = totals[i];
 }
 
-// Adds up what attention_kd_sums left: stats (N,STATS), the losses; pooled (N,C,T-window+1) unless MAPS.
-// `blocks` blocks a sample.
+// Adds up what attention_kd_sums left of a sample: stats (N,STATS), and the losses where there is one sample; pooled
+// (N,C,T-window+1) unless MAPS. `blocks` blocks a sample.
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
     attention_kd_finish(const float* __restrict__ sums, const float* __restrict__ partial,
                         const ATTENTION* __restrict__ attention, float* __restrict__ stats, float* __restrict__ att,
-                        float* __restrict__ rec, FEATURE* __restrict__ pooled, int64 N, int64 C, int64 T, int64 P, int64 window, int64 chunks,
-                        int64 blocks, int64 logits) {
+                        float* __restrict__ rec, FEATURE* __restrict__ pooled, int64 N, int64 C, int64 T, int64 P,
+                        int64 window, int64 chunks, int64 blocks, int64 logits) {
   const int64 sample = blockIdx.x / blocks, block = blockIdx.x % blocks;
-  float own[3] = {};
+  float own[PARTIALS] = {};
   for (int64 chunk = threadIdx.x; chunk < chunks; chunk += THREADS)
-    for (int i = 0; i < 3; i++) own[i] += partial[(sample * chunks + chunk) * PARTIALS + i];
+    for (int i = 0; i < PARTIALS; i++) own[i] += partial[(sample * chunks + chunk) * PARTIALS + i];
   block_sum(own);
   const float ratio = own[0] * inverse(own[1]);
   if (block == 0 && threadIdx.x == 0) {
-    stats[sample * STATS] = ratio, stats[sample * STATS + 1] = own[1];
-    stats[sample * STATS + 2] = own[0] * inverse(own[2]), stats[sample * STATS + 3] = own[2];
-  }
-  if (blockIdx.x == 0) {
-    float of_all[2] = {};
-    for (int64 chunk = threadIdx.x; chunk < N * chunks; chunk += THREADS)
-      for (int i = 0; i < 2; i++) of_all[i] += partial[chunk * PARTIALS + 3 + i];
-    block_sum(of_all);
-    if (threadIdx.x == 0) {
-      *rec = of_all[0] / ((float)N * (float)(C * T) * (float)P);
-      *att = of_all[1] / ((float)N * (float)(C * T));
-    }
+    float* of_sample = stats + sample * STATS;
+    of_sample[0] = ratio, of_sample[1] = own[1], of_sample[2] = own[0] * inverse(own[2]), of_sample[3] = own[2];
+    of_sample[4] = own[3], of_sample[5] = own[4];
+    if (N == 1) write_losses(own[3], own[4], rec, att, N, C, T, P);
   }
 #if !MAPS
   const int64 steps = T - window + 1, size = C * steps;
@@ -235,6 +233,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4)
     round_to(scale * value, pooled[sample * size + i]);
   }
 #endif
+}
+
+// One block: the losses of several samples, from their stats.
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
+    attention_kd_losses(const float* __restrict__ stats, float* __restrict__ att, float* __restrict__ rec, int64 N,
+                        int64 C, int64 T, int64 P) {
+  float sums[2] = {};
+  for (int64 sample = threadIdx.x; sample < N; sample += THREADS)
+    for (int i = 0; i < 2; i++) sums[i] += stats[sample * STATS + 4 + i];
+  block_sum(sums);
+  if (threadIdx.x == 0) write_losses(sums[0], sums[1], rec, att, N, C, T, P);
 }
 
 #if MAPS
@@ -298,19 +307,16 @@ __device__ __forceinline__ float spread(const FEATURE* grad, int64 sample, int64
 }
 #endif
 
-// One block a sample: the gradient of its attention, and of its two ratios' sums, slopes (N,2) = dL/dr / sum.
+// What the two ratios of a sample get of gradient, from each of its `blocks` blocks: partial (N,blocks,2).
 // Without MAPS `grad` is the pooled foreground's gradient; with MAPS, dots.
-extern "C" __global__ void __launch_bounds__(1024, 1)
-    attention_kd_attention_grad(const float* __restrict__ sums, const float* __restrict__ dots,
-                                const FEATURE* __restrict__ grad, const ATTENTION* __restrict__ attention,
-                                const ATTENTION* __restrict__ taught, const float* __restrict__ stats,
-                                const float* __restrict__ grad_att, ATTENTION* __restrict__ grad_attention,
-                                float* __restrict__ slopes, int64 N, int64 C, int64 T, int64 P, int64 window,
-                                int64 logits) {
-  const int64 sample = blockIdx.x, rows = C * T;
-  const float ratio = stats[sample * STATS], opposite = stats[sample * STATS + 2];
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
+    attention_kd_slopes(const float* __restrict__ sums, const float* __restrict__ dots,
+                        const FEATURE* __restrict__ grad, const ATTENTION* __restrict__ attention,
+                        float* __restrict__ partial, int64 N, int64 C, int64 T, int64 P, int64 window, int64 blocks,
+                        int64 logits) {
+  const int64 sample = blockIdx.x / blocks, rows = C * T;
   float slope[2] = {};
-  for (int64 row = threadIdx.x; row < rows; row += blockDim.x) {
+  for (int64 row = blockIdx.x % blocks * THREADS + threadIdx.x; row < rows; row += blocks * THREADS) {
     const int64 at = sample * rows + row;
     const float own_weight = weight(attention, at, (int)logits);
 #if MAPS
@@ -320,10 +326,28 @@ extern "C" __global__ void __launch_bounds__(1024, 1)
 #endif
   }
   block_sum(slope);
+  if (threadIdx.x == 0) partial[blockIdx.x * 2] = slope[0], partial[blockIdx.x * 2 + 1] = slope[1];
+}
+
+// The gradient of attention, and of the two ratios' sums, slopes (N,2) = dL/dr / sum. `blocks` blocks a sample.
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
+    attention_kd_attention_grad(const float* __restrict__ sums, const float* __restrict__ dots,
+                                const FEATURE* __restrict__ grad, const ATTENTION* __restrict__ attention,
+                                const ATTENTION* __restrict__ taught, const float* __restrict__ stats,
+                                const float* __restrict__ grad_att, const float* __restrict__ partial,
+                                ATTENTION* __restrict__ grad_attention, float* __restrict__ slopes, int64 N, int64 C,
+                                int64 T, int64 P, int64 window, int64 blocks, int64 logits) {
+  const int64 sample = blockIdx.x / blocks, block = blockIdx.x % blocks, rows = C * T;
+  const float ratio = stats[sample * STATS], opposite = stats[sample * STATS + 2];
+  float slope[2] = {};
+  for (int64 i = threadIdx.x; i < blocks; i += THREADS)
+    slope[0] += partial[(sample * blocks + i) * 2], slope[1] += partial[(sample * blocks + i) * 2 + 1];
+  block_sum(slope);
   slope[0] *= inverse(stats[sample * STATS + 1]), slope[1] *= inverse(stats[sample * STATS + 3]);
-  if (threadIdx.x == 0) slopes[sample * 2] = slope[0], slopes[sample * 2 + 1] = slope[1];
-  const float pull = taught && grad_att ? 2.0f * *grad_att / ((float)N * (float)rows) : 0.0f;
-  for (int64 row = threadIdx.x; row < rows; row += blockDim.x) {
+  if (block == 0 && threadIdx.x == 0) slopes[sample * 2] = slope[0], slopes[sample * 2 + 1] = slope[1];
+  const bool pulls = taught && grad_att;
+  const float pull = pulls ? 2.0f * *grad_att / ((float)N * (float)rows) : 0.0f;
+  for (int64 row = block * THREADS + threadIdx.x; row < rows; row += blocks * THREADS) {
     const int64 at = sample * rows + row;
     const float own_weight = weight(attention, at, (int)logits);
 #if MAPS
@@ -331,7 +355,7 @@ extern "C" __global__ void __launch_bounds__(1024, 1)
 #else
     float value = ratio * sums[at] * (spread(grad, sample, row, C, T, P, window) - slope[0]);
 #endif
-    if (pull != 0.0f) value += pull * (own_weight - weight(taught, at, (int)logits));
+    if (pulls) value += pull * (own_weight - weight(taught, at, (int)logits));
     if (logits) value *= own_weight * (1.0f - own_weight);
     round_to(value, grad_attention[at]);
   }

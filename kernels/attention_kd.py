@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from . import backend
 from .attention_kd_launch import STATS, backward_kernels, forward_kernels
-from .tensors import layout_of, takes
+from .tensors import layout_of, same_device, takes
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -66,6 +66,8 @@ def attention_kd(
         attention, teacher_attention = attention.to(common), teacher_attention.to(common)
     if teacher_attention is not None:
         teacher_attention = teacher_attention.detach()
+    if reconstruction is not None:  # once, so that the backward pass finds it in order
+        reconstruction = reconstruction.contiguous(memory_format=layout_of(features))
     found = torch.ops.genkd.attention_kd(
         features, attention, teacher_attention, reconstruction, maps, logits, per_batch
     )
@@ -129,15 +131,15 @@ def _op(
     logits: bool,
     per_batch: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> foreground, background (0,) unless maps, att, rec, sums over space (N,C,T), stats (N,4) = r, sum F*a, r_b,
-    sum F*(1-a). The last two are for the backward pass."""
+    """-> foreground, background (0,) unless maps, att, rec, sums over space (N,C,T), stats (N,6) = r, sum F*a, r_b,
+    sum F*(1-a), and two that the kernels keep there. The last two are for the backward pass."""
     _check(features, attention, teacher_attention, reconstruction)
     arguments = (features, attention, teacher_attention, reconstruction, maps, logits)
     return backend.run(
         features,
         lambda: forward_kernels(*arguments),
         lambda: _forward_torch(*arguments, per_batch),
-        fits=not per_batch and takes(features, attention, reconstruction),
+        fits=not per_batch and _fits(features, attention, teacher_attention, reconstruction),
     )
 
 
@@ -181,7 +183,7 @@ def _backward(
         features,
         lambda: backward_kernels(*arguments, of_reconstruction),
         lambda: _backward_torch(*arguments, per_batch, of_reconstruction),
-        fits=not per_batch and takes(features, attention, reconstruction),
+        fits=not per_batch and _fits(features, attention, teacher_attention, reconstruction),
     )
 
 
@@ -218,6 +220,10 @@ def _differentiate(ctx, foreground, background, att, rec, sums, stats):  # type:
 _op.register_autograd(_differentiate, setup_context=_setup_context)
 
 
+def _fits(features: Tensor, attention: Tensor, taught: Tensor | None, reconstruction: Tensor | None) -> bool:
+    return takes(features, attention, reconstruction) and (taught is None or taught.dtype == attention.dtype)
+
+
 def _check(features: Tensor, attention: Tensor, taught: Tensor | None, reconstruction: Tensor | None) -> None:
     if features.dim() != 5 or 0 in features.shape:
         raise ValueError(f"features must be (N,C,T,H,W), none of them 0, not {tuple(features.shape)}")
@@ -226,6 +232,7 @@ def _check(features: Tensor, attention: Tensor, taught: Tensor | None, reconstru
             raise ValueError(
                 f"{name} must be (N,C,T) = {tuple(features.shape[:3])} for these features, not {tuple(tensor.shape)}"
             )
+    same_device(features, attention=attention, teacher_attention=taught, reconstruction=reconstruction)
     if reconstruction is not None and reconstruction.shape != features.shape:
         raise ValueError(
             f"reconstruction must have the features' shape {tuple(features.shape)}, not {tuple(reconstruction.shape)}"
@@ -241,18 +248,19 @@ def _forward_torch(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dtype = torch.promote_types(features.dtype, torch.float32)
     a = _weights(attention, logits, dtype)
-    sums = features.sum((3, 4), dtype=dtype)
+    sums = _over_space(features, dtype)
     axes = (0, 1, 2) if per_batch else (1, 2)
     total, kept, rest = (value.sum(axes, keepdim=True) for value in (sums, a * sums, (1 - a) * sums))
     ratio, opposite = _ratio(total, kept), _ratio(total, rest)
-    stats = torch.cat([value.flatten().expand(len(features))[:, None] for value in (ratio, kept, opposite, rest)], 1)
+    of_samples = [value.flatten().expand(len(features)) for value in (ratio, kept, opposite, rest)]
+    stats = torch.stack([*of_samples, *[torch.zeros_like(of_samples[0])] * (STATS - 4)], 1)
     zero = torch.zeros((), dtype=dtype, device=features.device)
     att = zero if taught is None else F.mse_loss(a, _weights(taught, logits, dtype))
     rec = zero.clone() if reconstruction is None else F.mse_loss(reconstruction.to(dtype), features.to(dtype))
     if maps:
         layout = layout_of(features)
         found = [
-            (features * by[..., None, None]).to(features.dtype).contiguous(memory_format=layout)
+            (features * _beside(by, features)).to(features.dtype).contiguous(memory_format=layout)
             for by in (a * ratio, (1 - a) * opposite)
         ]
         return found[0], found[1], att, rec, sums, stats
@@ -270,24 +278,29 @@ def _backward_torch(
     dtype = sums.dtype
     a = _weights(attention, logits, dtype)
     axes = (0, 1, 2) if per_batch else (1, 2)
-    ratio, kept, opposite, rest = stats[:, :, None, None].unbind(1)
-    grad_features = torch.zeros(features.shape[:3], dtype=dtype, device=features.device)[..., None, None]
+    ratio, kept, opposite, rest = stats[:, :4, None, None].unbind(1)
+    same = torch.zeros(features.shape[:3], dtype=dtype, device=features.device)  # of F's gradient, over space
+    grad_features: Tensor | None = None
     grad_a = torch.zeros_like(a)
 
-    def side(grad: Tensor, by: Tensor, ratio: Tensor, kept: Tensor, sign: int) -> Tensor:
-        """The gradients through F * by * ratio: of by into grad_a; of F, as far as it is the same over space."""
-        dots = (grad * features).sum((3, 4), dtype=dtype) if maps else _spread(grad, features).to(dtype) * sums
+    def side(grad: Tensor, by: Tensor, ratio: Tensor, kept: Tensor, sign: int) -> None:
+        """Adds the gradients through F * by * ratio."""
+        nonlocal same, grad_features
+        of_rows = None if maps else _spread(grad, features).to(dtype)
+        dots = _over_space(grad * features, dtype) if of_rows is None else of_rows * sums
         slope = (by * dots).sum(axes, keepdim=True) * _ratio(torch.ones_like(kept), kept)
         grad_a.add_(ratio * (dots - slope * sums), alpha=sign)
-        return slope * (1 - by * ratio)
+        same = same + slope * (1 - by * ratio)
+        if of_rows is not None:
+            same = same + by * ratio * of_rows
+        else:
+            through = grad * _beside(by * ratio, features)
+            grad_features = through if grad_features is None else grad_features + through
 
     if grad_foreground is not None:
-        grad_features = grad_features + side(grad_foreground, a, ratio, kept, 1)[..., None, None]
-        through = grad_foreground if maps else _spread(grad_foreground, features).to(dtype)[..., None, None]
-        grad_features = grad_features + (a * ratio)[..., None, None] * through
+        side(grad_foreground, a, ratio, kept, 1)
     if grad_background is not None:
-        grad_features = grad_features + side(grad_background, 1 - a, opposite, rest, -1)[..., None, None]
-        grad_features = grad_features + ((1 - a) * opposite)[..., None, None] * grad_background
+        side(grad_background, 1 - a, opposite, rest, -1)
     if grad_att is not None and taught is not None:
         grad_a.add_((a - _weights(taught, logits, dtype)) * (2 * grad_att / a.numel()))
     if logits:
@@ -295,16 +308,32 @@ def _backward_torch(
     made = features.new_empty((0,))
     if grad_rec is not None and reconstruction is not None:
         pull = torch.sub(reconstruction.to(dtype), features.to(dtype)).mul_(2 * grad_rec / features.numel())
-        grad_features = grad_features - pull
+        grad_features = -pull if grad_features is None else grad_features - pull
         if of_reconstruction:
             made = pull.to(reconstruction.dtype).contiguous(memory_format=layout_of(features))
-    layout = layout_of(features)
-    whole = torch.empty_like(features, memory_format=layout).copy_(grad_features)  # all of space where it is one value
+    whole = torch.empty_like(features, memory_format=layout_of(features))
+    everywhere = _beside(same, features)
+    whole.copy_(everywhere if grad_features is None else grad_features.add_(everywhere))
     return whole, grad_a.to(attention.dtype), made
 
 
+def _over_space(features: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sums over H and W: (N,C,T), contiguous. Over the channels of channels_last_3d a CPU is ten times as fast so."""
+    if layout_of(features) == torch.channels_last_3d:
+        return features.permute(0, 2, 3, 4, 1).sum((2, 3), dtype=dtype).transpose(1, 2).contiguous()
+    return features.sum((3, 4), dtype=dtype)
+
+
+def _beside(of_rows: Tensor, features: Tensor) -> Tensor:
+    """(N,C,T) as (N,C,T,1,1) that lies in memory as features do, for arithmetic with them."""
+    if layout_of(features) == torch.channels_last_3d:
+        of_rows = of_rows.transpose(1, 2).contiguous().transpose(1, 2)
+    return of_rows[..., None, None]
+
+
 def _weights(attention: Tensor, logits: bool, dtype: torch.dtype) -> Tensor:
-    return attention.to(dtype).sigmoid() if logits else attention.to(dtype)
+    attention = attention.to(dtype).contiguous()
+    return attention.sigmoid() if logits else attention
 
 
 def _spread(grad: Tensor, features: Tensor) -> Tensor:

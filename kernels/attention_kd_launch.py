@@ -11,7 +11,8 @@ from torch import Tensor
 from . import compile as compiler
 from .tensors import TYPES, aligned, layout_of
 
-_TILE, _MAX_ROWS, _WARP, _PARTIALS, STATS = 4096, 1024, 32, 5, 4  # as in attention_kd.cu
+_TILE, _MAX_ROWS, _WARP, _PARTIALS, STATS = 4096, 1024, 32, 5, 6  # as in attention_kd.cu
+_ROWS_A_BLOCK = 8 * compiler.THREADS  # where one value a row is computed
 
 
 class _Geometry(NamedTuple):
@@ -94,11 +95,13 @@ def forward_kernels(
         "attention_kd_sums", n * plan.chunks, compiler.THREADS,
         features, reconstruction, attention, taught, sums, partial, *shape, *plan.sizes, int(logits),
     )  # fmt: skip
-    blocks = 1 if maps else math.ceil(channels * (time - window + 1) / (8 * compiler.THREADS))
+    blocks = 1 if maps else math.ceil(channels * (time - window + 1) / _ROWS_A_BLOCK)
     kernels.launch(
         "attention_kd_finish", n * blocks, compiler.THREADS,
         sums, partial, attention, stats, att, rec, foreground, n, *shape, window, plan.chunks, blocks, int(logits),
     )  # fmt: skip
+    if n > 1:
+        kernels.launch("attention_kd_losses", 1, compiler.THREADS, stats, att, rec, n, *shape)
     if maps:
         kernels.launch(
             "attention_kd_maps", n * plan.chunks, compiler.THREADS,
@@ -141,11 +144,17 @@ def backward_kernels(
             "attention_kd_dots", n * plan.chunks, compiler.THREADS,
             features, grad_foreground, grad_background, dots, n, *shape, *plan.sizes,
         )  # fmt: skip
+    blocks = math.ceil(channels * time / _ROWS_A_BLOCK)
+    partial = features.new_empty((n * blocks, 2), dtype=torch.float32)
     slopes = features.new_empty((n, 2), dtype=torch.float32)
     kernels.launch(
-        "attention_kd_attention_grad", n, 4 * compiler.THREADS,
-        sums, dots, grad_foreground, attention, taught, stats, grad_att, grad_attention, slopes, n, *shape, window,
-        int(logits),
+        "attention_kd_slopes", n * blocks, compiler.THREADS,
+        sums, dots, grad_foreground, attention, partial, n, *shape, window, blocks, int(logits),
+    )  # fmt: skip
+    kernels.launch(
+        "attention_kd_attention_grad", n * blocks, compiler.THREADS,
+        sums, dots, grad_foreground, attention, taught, stats, grad_att, partial, grad_attention, slopes, n, *shape,
+        window, blocks, int(logits),
     )  # fmt: skip
     kernels.launch(
         "attention_kd_grad", n * plan.chunks, compiler.THREADS,

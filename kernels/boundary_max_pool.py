@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import backend
 from . import compile as compiler
-from .tensors import TYPES, takes
+from .tensors import TYPES, same_device, takes
 
 _LANES = 8  # as in boundary_max_pool.cu
 
@@ -40,6 +40,7 @@ def reference(features: Tensor, segments: Tensor) -> Tensor:
         first, last = _stretches(segments[..., 2 * number : 2 * number + 2], time)
         inside = (steps >= first[..., None]) & (steps <= last[..., None])  # (N,K,T)
         chosen = torch.where(inside[:, None], channels[:, :, None], -math.inf).argmax(3)
+        chosen = chosen.clamp(first[:, None], last[:, None])  # where all are minus infinity
         halves.append(channels.gather(2, chosen))
     return torch.cat(halves, 1)
 
@@ -97,6 +98,7 @@ def _check(features: Tensor, segments: Tensor) -> None:
         raise ValueError(f"features must be (N,C,T) with an even number of channels, not {tuple(features.shape)}")
     if segments.dim() != 3 or segments.shape[0] != features.shape[0] or segments.shape[2] != 4:
         raise ValueError(f"segments must be (N,K,4) for features {tuple(features.shape)}, not {tuple(segments.shape)}")
+    same_device(features, segments=segments)
     if not segments.is_floating_point():
         raise ValueError(f"segments must be floating point, not {segments.dtype}")
 
@@ -122,14 +124,14 @@ def _forward_torch(features: Tensor, segments: Tensor) -> tuple[Tensor, Tensor]:
         values.append(value)
         chosen.append(step)
         width *= 2
-    table = torch.cat(values, 2)
-    table_steps = torch.cat([*chosen], 2)
-    starts = torch.tensor([0, *(value.shape[2] for value in values[:-1])], device=features.device).cumsum(0)
+    table, table_steps = torch.cat(values, 2), torch.cat(chosen, 2)
     half, found = channels // 2, []
     for number in range(2):
         first, last = _stretches(segments[..., 2 * number : 2 * number + 2], time)
         level = torch.log2((last - first + 1).double()).long()
-        places = torch.stack([first, last + 1 - (1 << level)], 2) + starts[level][..., None]  # (N,K,2)
+        width_of_level = 1 << level
+        begins = level * (time + 1) - (width_of_level - 1)  # of the level in the table
+        places = torch.stack([first, last + 1 - width_of_level], 2) + begins[..., None]  # (N,K,2)
         own = slice(0, half) if number == 0 else slice(half, None)
         places = places.flatten(1)[:, None].expand(n, half, -1)
         value = table[:, own].gather(2, places).unflatten(2, (-1, 2))
@@ -155,9 +157,17 @@ def _backward_torch(grad: Tensor, arguments: Tensor, time: int) -> Tensor:
     if grad.device.type == "cpu":
         result = grad.new_zeros((*grad.shape[:2], time), dtype=dtype)
         return result.scatter_add_(2, arguments.long(), grad.to(dtype)).to(grad.dtype)
-    # Added up by a product with 0 and 1: scatter_add_ has no fixed order on a GPU.
-    at = torch.nn.functional.one_hot(arguments.long(), time).to(dtype)
-    return (grad.to(dtype)[:, :, None] @ at)[:, :, 0].to(grad.dtype)
+    return _sum_in_order(grad.to(dtype), arguments, time).to(grad.dtype)  # scatter_add_ has no fixed order on a GPU
+
+
+def _sum_in_order(grad: Tensor, arguments: Tensor, time: int) -> Tensor:
+    """scatter_add_ of (N,C,K) into (N,C,T), bitwise the same each time; 32 channels at a time, (N,K,T) each."""
+    steps = torch.arange(time, device=grad.device)
+    parts = [
+        torch.where(own[..., None] == steps, value[..., None], 0).sum(2)
+        for own, value in zip(arguments.split(32, 1), grad.split(32, 1), strict=True)
+    ]
+    return torch.cat(parts, 1)
 
 
 def _forward_kernels(features: Tensor, segments: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -23,6 +24,7 @@ HERE = Path(__file__).parent
 THREADS = 256  # of a block, as in common.cuh
 MINIMUM_CAPABILITY = (8, 0)
 _DIGEST = hashlib.sha256().digest_size
+_OPTIONS = {"std": "c++17", "ptxas_options": ["-v"]}
 
 Defines = Mapping[str, str | int]
 
@@ -66,9 +68,7 @@ def build(name: str, defines: Defines, arch: str) -> tuple[bytes, dict[str, Reso
         from cuda.core import Program, ProgramOptions
     except ImportError as error:
         raise Failed(f"the package cuda-core cannot be imported ({error}); {_remedy()}") from None
-    options = ProgramOptions(
-        name=f"{name}.cu", arch=arch, std="c++17", ptxas_options=["-v"], define_macro=_macros(defines)
-    )
+    options = ProgramOptions(name=f"{name}.cu", arch=arch, define_macro=_macros(defines), **_OPTIONS)
     said = io.StringIO()
     try:
         code = Program(source(name), "c++", options).compile("cubin", logs=said).code
@@ -81,11 +81,16 @@ def build(name: str, defines: Defines, arch: str) -> tuple[bytes, dict[str, Reso
 def cached(name: str, defines: Defines, arch: str, folder: Path | None = None) -> bytes:
     """The cubin from the cache on disk, or compiled and put there; damaged or unreadable entries are built again.
 
-    The key is of the source, macros, architecture and NVRTC's version. Ranks may run this at the same time: an entry
-    is whole or absent, and all of them write the same bytes. folder: see cache_folder.
+    The key is of the source, macros, options, architecture and the versions of NVRTC and cuda-core. Ranks may run this
+    at the same time: an entry is whole or absent, and all of them write the same bytes. folder: see cache_folder.
     """
-    key = hashlib.sha256(repr((source(name), _macros(defines), arch, nvrtc_version())).encode()).hexdigest()
-    folder = folder or cache_folder()
+    about = (source(name), _macros(defines), _OPTIONS, arch, nvrtc_version(), _version("cuda-core"))
+    key = hashlib.sha256(repr(about).encode()).hexdigest()
+    try:
+        folder = folder or cache_folder()
+    except RuntimeError as error:  # no home
+        log.warning("compiled kernels are not kept: %s; GENKD_CACHE names a folder for them", error)
+        return build(name, defines, arch)[0]
     path = folder / f"{Path(name).name}-{arch}-{key[:32]}.cubin"
     try:
         entry = path.read_bytes()
@@ -111,6 +116,13 @@ def cache_folder() -> Path:
     if own:
         return Path(own, "kernels")
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "genkd", "kernels")
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def nvrtc_version() -> tuple[int, int]:
@@ -168,48 +180,54 @@ def check(device: int) -> None:
 
 
 def library(name: str, defines: Defines, device: torch.device) -> Kernels:
-    """The kernels of kernels/NAME.cu for a CUDA device, compiled at the first call. Raises Failed."""
+    """The kernels of kernels/NAME.cu for a CUDA device, compiled at the first call. Raises Failed, each time."""
     index = torch.cuda.current_device() if device.index is None else device.index
-    return _library(name, tuple(sorted(defines.items())), index)
+    found = _library(name, tuple(sorted(defines.items())), index)
+    if isinstance(found, Failed):
+        raise found
+    return found
 
 
 @functools.cache
-def _library(name: str, defines: tuple[tuple[str, str | int], ...], device: int) -> Kernels:
-    check(device)
-    major, minor = torch.cuda.get_device_capability(device)
-    return _Library(name, cached(name, dict(defines), f"sm_{major}{minor}"), device)
+def _library(name: str, defines: tuple[tuple[str, str | int], ...], device: int) -> Kernels | Failed:
+    try:
+        check(device)
+        major, minor = torch.cuda.get_device_capability(device)
+        return _Library(name, cached(name, dict(defines), f"sm_{major}{minor}"), device)
+    except Failed as problem:
+        return problem
 
 
 class _Library:
     """Kernels in a GPU's memory."""
 
     def __init__(self, name: str, code: bytes, device: int):
-        from cuda.core import LaunchConfig, ObjectCode, launch
+        try:
+            from cuda.core import Device, LaunchConfig, ObjectCode, Stream, launch
 
-        self._launch, self._config, self._device = launch, LaunchConfig, device
-        with torch.cuda.device(device):
-            self._code = ObjectCode.from_cubin(code, name=name)
+            self._launch, self._config, self._stream = launch, LaunchConfig, Stream.from_handle
+            self._index, self._device = device, Device(device)
+            with torch.cuda.device(device):
+                self._device.set_current()
+                self._code = ObjectCode.from_cubin(code, name=name)
+        except Exception as error:  # cuda-core and the driver raise types of their own
+            raise Failed(f"the machine code of kernels/{name}.cu cannot be loaded: {_first_line(error)}") from error
         self._kernels: dict[str, Any] = {}
 
     def launch(self, name: str, blocks: int, threads: int, *arguments: Tensor | int | None) -> None:
-        with torch.cuda.device(self._device):
+        values = [
+            value.data_ptr() if isinstance(value, Tensor) else 0 if value is None else value for value in arguments
+        ]
+        with torch.cuda.device(self._index):
+            # Autograd's thread may not have a context yet: torch makes one current only when it needs it.
+            self._device.set_current()
             if name not in self._kernels:
-                self._kernels[name] = self._code.get_kernel(name)
-            values = [
-                value.data_ptr() if isinstance(value, Tensor) else 0 if value is None else value for value in arguments
-            ]
-            stream = _Stream(torch.cuda.current_stream(self._device).cuda_stream)
+                try:
+                    self._kernels[name] = self._code.get_kernel(name)
+                except Exception as error:  # as above
+                    raise Failed(f"the kernel {name} cannot be loaded: {_first_line(error)}") from error
+            stream = self._stream(torch.cuda.current_stream(self._index).cuda_stream)
             self._launch(stream, self._config(grid=blocks, block=threads), self._kernels[name], *values)
-
-
-class _Stream:
-    """A stream of torch in the form that cuda-core takes."""
-
-    def __init__(self, handle: int):
-        self._handle = handle
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self._handle  # version of the protocol, cudaStream_t
 
 
 def _macros(defines: Defines) -> list[tuple[str, str]]:

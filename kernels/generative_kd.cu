@@ -72,23 +72,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4)
                        const float* __restrict__ grad_kd, RECONSTRUCTION* __restrict__ grad_reconstruction,
                        LATENT* __restrict__ grad_mean, LATENT* __restrict__ grad_logvar, int64 size, int64 N, int64 T,
                        int64 C) {
-  const float pull = grad_mse ? 2.0f * *grad_mse / (float)size : 0.0f;
+  const bool pulls = grad_mse, follows = HAS_TEACHER && grad_kd;
+  const float pull = pulls ? 2.0f * *grad_mse / (float)size : 0.0f;
 #if HAS_TEACHER
-  const float follow = grad_kd ? 2.0f * *grad_kd / (float)size : 0.0f;
+  const float follow = follows ? 2.0f * *grad_kd / (float)size : 0.0f;
 #endif
 #pragma unroll 2
   for (int64 at = (blockIdx.x * (int64)THREADS + threadIdx.x) * WIDTH; at < size;
        at += gridDim.x * (int64)THREADS * WIDTH) {
-    float values[WIDTH], made[WIDTH], result[WIDTH];
-    load(features + at, values);
-    load(reconstruction + at, made);
+    float values[WIDTH], made[WIDTH], result[WIDTH] = {};
+    if (pulls || follows) load(reconstruction + at, made);
+    if (pulls) {
+      load(features + at, values);
 #pragma unroll
-    for (int i = 0; i < WIDTH; i++) result[i] = pull * (made[i] - values[i]);
+      for (int i = 0; i < WIDTH; i++) result[i] = pull * (made[i] - values[i]);
+    }
 #if HAS_TEACHER
-    float wanted[WIDTH];
-    load(taught + at, wanted);
+    if (follows) {
+      load(taught + at, values);
 #pragma unroll
-    for (int i = 0; i < WIDTH; i++) result[i] += follow * (made[i] - wanted[i]);
+      for (int i = 0; i < WIDTH; i++) result[i] += follow * (made[i] - values[i]);
+    }
 #endif
     store(result, grad_reconstruction + at);
   }

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from . import backend
 from . import compile as compiler
-from .tensors import TYPES, aligned, layout_of, takes
+from .tensors import TYPES, aligned, layout_of, same_device, takes
 
 _LOSSES, _MAX_BLOCKS = 3, 2048
 
@@ -56,11 +56,14 @@ def generative_kd(
     if backend.formulas_wanted():
         return reference(features, reconstruction, mean, logvar, attention, taught)
     for name, tensor in (("features", features), ("attention", attention), ("teacher_reconstruction", taught)):
-        if tensor is not None and tensor.requires_grad:
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"generative_kd has no gradient for {name}; detach it")
     if mean.dtype != logvar.dtype:
         common = torch.promote_types(mean.dtype, logvar.dtype)
         mean, logvar = mean.to(common), logvar.to(common)
+    layout = layout_of(reconstruction)  # once, so that the backward pass finds them in order
+    features = features.contiguous(memory_format=layout)
+    taught = None if taught is None else taught.contiguous(memory_format=layout)
     mse, kl, kd = torch.ops.genkd.generative_kd(features, reconstruction, taught, mean, logvar, attention)
     return GenerativeKD(mse, kl, None if taught is None else kd)
 
@@ -91,7 +94,7 @@ def _op(
         reconstruction,
         lambda: _forward_kernels(*arguments),
         lambda: _forward_torch(*arguments),
-        fits=takes(*arguments),
+        fits=takes(*arguments) and mean.dtype == logvar.dtype,
     )
 
 
@@ -120,7 +123,7 @@ def _backward(
         reconstruction,
         lambda: _backward_kernels(*arguments),
         lambda: _backward_torch(*arguments),
-        fits=takes(*arguments[3:]),
+        fits=takes(*arguments[3:]) and mean.dtype == logvar.dtype,
     )
 
 
@@ -152,6 +155,10 @@ def _check(
     if len(shape) != 5 or 0 in shape:
         raise ValueError(f"features must be (N,C,T,H,W), none of them 0, not {tuple(shape)}")
     n, channels, time = shape[:3]
+    same_device(
+        features, reconstruction=reconstruction, teacher_reconstruction=taught, mean=mean, logvar=logvar,
+        attention=attention,
+    )  # fmt: skip
     for name, tensor, wanted in (
         ("reconstruction", reconstruction, tuple(shape)),
         ("teacher_reconstruction", taught, tuple(shape)),

@@ -23,3 +23,10 @@ def layout_of(features: Tensor) -> torch.memory_format:
 def aligned(*tensors: Tensor | None) -> bool:
     """Whether all tensors begin at a multiple of 16 bytes."""
     return all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors)
+
+
+def same_device(first: Tensor, **others: Tensor | None) -> None:
+    """Raises ValueError, with the name, for a tensor that is not where the first one is."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != first.device:
+            raise ValueError(f"{name} is on {tensor.device}, the features on {first.device}; move it there")

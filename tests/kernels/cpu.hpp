@@ -17,7 +17,7 @@
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __shared__ static
+#define __shared__ static __attribute__((section("block_memory")))
 #define __restrict__ __restrict
 #define __align__(bytes) __attribute__((aligned(bytes)))
 
@@ -58,6 +58,9 @@ inline void round_to(float value, bf16& result) {
 }
 
 static const char* problem = nullptr;
+
+// All shared memory: not a number when a block begins, as it may hold anything.
+extern "C" char __start_block_memory[] __attribute__((weak)), __stop_block_memory[] __attribute__((weak));
 
 inline void check_16(const void* address) {
   if ((uintptr_t)address % 16) problem = "an access of 16 bytes is not aligned";
@@ -128,6 +131,8 @@ inline bool release(unsigned from, unsigned to, State state) {
     if (fibers[i].state != state && fibers[i].state != DONE) return false;
     any |= fibers[i].state == state;
   }
+  for (unsigned i = from; any && state == AT_SHUFFLE && i < to; i++)
+    if (fibers[i].state == DONE) problem = "a thread has returned before a shuffle of its warp";
   for (unsigned i = from; any && i < to; i++)
     if (fibers[i].state == state) fibers[i].state = READY;
   return any;
@@ -192,6 +197,7 @@ extern "C" const char* launch(void* kernel, int64_t first, int64_t last, int64_t
   gridDim.x = (unsigned)blocks, blockDim.x = threads;
   for (int64_t block = first; block <= last && !problem; block++) {
     blockIdx.x = (unsigned)block;
+    if (__start_block_memory) memset(__start_block_memory, 0xff, __stop_block_memory - __start_block_memory);
     cpu::run_block();
   }
   return problem;

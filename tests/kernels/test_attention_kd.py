@@ -153,17 +153,33 @@ def test_gradcheck(maps, logits, per_batch):
     assert torch.autograd.gradcheck(function, leaves)
 
 
+def turned(values):
+    """The same (N,C,T) values, with the channels next to each other in memory."""
+    return values.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 def test_opcheck():
-    for shape, maps, last in (((2, 8, 3, 3, 3), False, True), ((1, 5, 1, 2, 2), True, False)):
+    for shape, maps, last in (
+        ((2, 8, 3, 3, 3), False, True),
+        ((1, 5, 1, 2, 2), True, False),
+        ((2, 8, 3, 3, 3), True, True),
+    ):
         features, attention, taught, made = inputs(shape, last=last)
+        if maps and last:
+            attention, taught = turned(attention), turned(taught)
         features, attention, made = (value.requires_grad_() for value in (features, attention, made))
         for arguments in ((features, attention, taught, made), (features, attention, None, None)):
             torch.library.opcheck(torch.ops.genkd.attention_kd, (*arguments, maps, False, False))
 
 
-@pytest.mark.parametrize("maps", [False, True])
-def test_compiled_whole_graph(maps):
-    values = inputs((2, 8, 3, 3, 3), last=True)
+@pytest.mark.parametrize(
+    ("maps", "compiler"),
+    [(False, "aot_eager"), (True, "aot_eager"), pytest.param(True, "inductor", marks=pytest.mark.slow)],
+)
+def test_compiled_whole_graph(maps, compiler):
+    """inductor relies on the strides that the ops promise; it takes a while."""
+    features, attention, taught, made = inputs((2, 8, 3, 3, 3), last=True)
+    values = features, turned(attention), turned(taught), made
 
     def loss(features, attention, taught, made):
         found = op(features * 2, attention, taught, made, maps=maps)
@@ -174,9 +190,28 @@ def test_compiled_whole_graph(maps):
         function(leaves[0], leaves[1], values[2], leaves[3]).backward()
         return [leaves[number].grad for number in (0, 1, 3)]
 
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(loss, fullgraph=True, backend=compiler)
     for got, want in zip(gradients(compiled), gradients(loss), strict=True):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("kernels", [False, True], ids=["torch", "kernels"])
+def test_what_is_not_a_number_stays_so(request, kernels):
+    """One value of attention spoils its sample's sums, and so all of its foreground, and no other sample."""
+    if kernels:
+        request.getfixturevalue("emulated")
+    features, attention, *_ = inputs((2, 8, 3, 3, 3))
+    attention[0, 2, 1] = torch.nan
+    for maps in (False, True):
+        found = op(features, attention, maps=maps).foreground
+        assert found[0].isnan().all() and found[1].isfinite().all()
+
+
+def test_types_that_the_kernels_do_not_mix_run_in_torch(emulated):
+    """By the op's name, where nothing converts them first."""
+    features, attention, taught, made = inputs((1, 8, 2, 3, 3))
+    att = torch.ops.genkd.attention_kd(features, attention, taught.double(), made, False, False, False)[2]
+    torch.testing.assert_close(att.float(), (attention - taught).square().mean())
 
 
 def test_same_bits_twice_and_layout_kept(emulated):
@@ -211,6 +246,8 @@ def test_bad_shapes_name_what_is_wrong():
         op(features, attention, taught, made[:1])
     with pytest.raises(ValueError, match=r"features must be \(N,C,T,H,W\)"):
         op(features[0], attention)
+    with pytest.raises(ValueError, match="attention is on meta, the features on cpu; move it there"):
+        op(features, attention.to("meta"))
 
 
 def test_float64_runs_in_torch_whatever_is_selected():

@@ -8,8 +8,8 @@ import torch
 
 import genkd
 from genkd.benchmarks import kernels as benchmark
+from genkd.kernels.boundary_max_pool import _sum_in_order, reference
 from genkd.kernels.boundary_max_pool import boundary_max_pool as op
-from genkd.kernels.boundary_max_pool import reference
 
 OPEN = Path(genkd.__file__).parent.parent / "shared/reference/open/boundary_max_pooling.npz"
 
@@ -26,7 +26,7 @@ def run(function, features, segments):
     leaf = features.detach().clone().requires_grad_()
     found = function(leaf, segments)
     weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(5))
-    found.backward(weights.to(found.dtype))
+    found.backward(weights.to(found))
     return found.detach(), leaf.grad
 
 
@@ -80,6 +80,19 @@ def test_not_a_number_and_infinities_in_features(request, kernels):
     assert pooled.isnan().tolist() == [[[True, False], [False, True]]] and pooled[0, 1, 0] == -float("inf")
     pooled.backward(torch.ones_like(pooled))
     assert features.grad.tolist() == [[[0, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 0]]]
+
+
+def test_a_stretch_of_minus_infinities_stays_inside():
+    features = torch.tensor([[[1.0, 2.0, -torch.inf, -torch.inf]] * 2])
+    segments = torch.tensor([[[2.0, 3.0, 0.0, 3.0]]])
+    for function in (op, reference):
+        assert function(features, segments).tolist() == [[[-torch.inf], [2.0]]]
+
+
+def test_the_sum_that_stands_in_on_a_gpu_is_the_same():
+    grad, chosen = torch.randn(2, 70, 9), torch.randint(0, 5, (2, 70, 9), dtype=torch.int32)
+    want = torch.zeros(2, 70, 5).scatter_add_(2, chosen.long(), grad)
+    torch.testing.assert_close(_sum_in_order(grad, chosen, 5), want)
 
 
 def test_the_benchmarks_transcription_of_the_original_algorithm(emulated):

@@ -4,6 +4,7 @@ import itertools
 import logging
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -36,17 +37,19 @@ def variants(types=(("bf16", "float", "bf16"),), widths=(8,), with_made=(1,)):
 def assert_lean(arch, **which):
     seen = set()
     for name, defines in variants(**which):
+        started = time.monotonic()
         code, resources = compiler.build(name, defines, arch)
-        assert code[:4] == b"\x7fELF"
+        assert code[:4] == b"\x7fELF" and time.monotonic() - started < 60
         for kernel, used in resources.items():
             assert used.spill_stores == used.spill_loads == used.stack == 0, (arch, kernel, defines, used)
-            # 2 blocks of 256 threads or one of 1024 need to fit a multiprocessor's 65,536 registers, 48 KB a block.
-            assert used.registers <= (64 if kernel == "attention_kd_attention_grad" else 128), (kernel, used)
+            # 3 blocks of 256 threads fit a multiprocessor's 65,536 registers.
+            assert 0 < used.registers <= 80, (kernel, used)
             assert used.shared <= 48 * 1024
             seen.add(kernel)
     assert seen == {
-        "attention_kd_sums", "attention_kd_finish", "attention_kd_maps", "attention_kd_dots",
-        "attention_kd_attention_grad", "attention_kd_grad", "generative_kd_sums", "generative_kd_finish",
+        "attention_kd_sums", "attention_kd_finish", "attention_kd_losses", "attention_kd_maps", "attention_kd_dots",
+        "attention_kd_slopes", "attention_kd_attention_grad", "attention_kd_grad", "generative_kd_sums",
+        "generative_kd_finish",
         "generative_kd_grad", "boundary_max_pool", "boundary_max_pool_grad",
     }  # fmt: skip
 

@@ -109,6 +109,24 @@ def test_one_loss_alone_gives_the_others_no_gradient(emulated):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("kernels", [False, True], ids=["torch", "kernels"])
+def test_an_infinite_loss_does_not_spoil_the_others_gradients(request, kernels):
+    if kernels:
+        request.getfixturevalue("emulated")
+    features, made, mean, logvar, attention, taught = inputs((1, 8, 2, 3, 3))
+    features[0, 0, 0, 0, 0] = torch.inf
+    leaves = [value.clone().requires_grad_() for value in (made, mean, logvar)]
+    for index in (1, 2):
+        grads = torch.autograd.grad(op(features, *leaves, attention, taught)[index], leaves)
+        assert all(grad.isfinite().all() for grad in grads)
+
+
+def test_constants_may_require_gradients_where_none_are_made():
+    features, made, mean, logvar, attention, taught = inputs((1, 8, 2, 3, 3))
+    with torch.no_grad():
+        assert op(features.requires_grad_(), made, mean, logvar, attention, taught).mse.isfinite()
+
+
 def test_bad_input_is_refused():
     features, made, mean, logvar, attention, taught = inputs((2, 8, 3, 3, 3))
     with pytest.raises(ValueError, match="no gradient for features; detach it"):

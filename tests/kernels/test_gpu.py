@@ -1,6 +1,8 @@
 """The kernels on a GPU: against the formulas, in graphs, streams, AMP, torch.compile, on every device, past 2^31."""
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -117,6 +119,20 @@ def test_without_host_synchronization():
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_a_backward_pass_that_is_the_first_of_its_thread():
+    """In a process of its own: autograd's thread has no context until something makes one current."""
+    code = (
+        "import torch; from genkd.kernels.attention_kd import attention_kd; from genkd.kernels import backend;"
+        "backend.select('cuda');"
+        "f = torch.rand(2, 8, 2, 3, 3, device='cuda', requires_grad=True); a = torch.rand(2, 8, 2, device='cuda');"
+        "cached = [torch.empty(1 << 20, device='cuda') for _ in range(8)]; del cached;"
+        "out = attention_kd(f, a).foreground; g = torch.ones_like(out);"
+        "print(torch.autograd.grad(out, f, g)[0].isfinite().all().item())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "True", done.stderr
+
+
 def test_on_the_current_stream():
     """Inputs are written on a side stream by a kernel that takes long; the ops on it must come after."""
     values = leaves()
@@ -175,7 +191,7 @@ def test_more_than_2_to_the_31_elements():
     features[0, 0, 0] = 1.0
     attention = torch.full(shape[:3], 0.25, dtype=torch.bfloat16, device="cuda")
     for layout in (torch.contiguous_format, torch.channels_last_3d):
-        values = features.contiguous(memory_format=layout).requires_grad_()
+        values = features.detach().contiguous(memory_format=layout).requires_grad_()
         found = attention_kd.attention_kd(values, attention)
         # The only active row of its sample: F * a * r = F, averaged over two steps.
         assert found.foreground[-1, -1, -1].item() == 1.0 and found.foreground[0, 0, 0].item() == 0.5

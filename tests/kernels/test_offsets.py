@@ -36,7 +36,7 @@ def test_attention_kd(emulated, last):
     n, channels, time = SHAPE[:3]
     features[-1, -1, -1], made[-1, -1, -1] = 2.0, 5.0
     attention = torch.full((n, channels, time), 0.25, dtype=torch.float16)
-    sums, stats = torch.zeros(n, channels, time), torch.zeros(n, 4)
+    sums, stats = torch.zeros(n, channels, time), torch.zeros(n, launcher.STATS)
     plan = launcher._geometry(features, made)
     blocks = n * plan.chunks
     partial = torch.zeros(blocks, 5)
@@ -54,7 +54,7 @@ def test_attention_kd(emulated, last):
     assert sums[-1, -1, -1] == 98 and sums.sum() == 98
     assert partial[-1].tolist() == [98, 24.5, 73.5, 9 * 49, 0]
 
-    stats[-1] = torch.tensor([4.0, 24.5, 4 / 3, 73.5])  # r = 98 / 24.5, r_b = 98 / 73.5
+    stats[-1, :4] = torch.tensor([4.0, 24.5, 4 / 3, 73.5])  # r = 98 / 24.5, r_b = 98 / 73.5
     foreground, background = huge(last), huge(last)
     run(True, "attention_kd_maps", features, attention, stats, foreground, background, *shape, *plan.sizes, 0)
     assert (foreground[-1, -1, -1] == 2).all() and (background[-1, -1, -1] == 2).all()
