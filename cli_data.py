@@ -11,33 +11,8 @@ import click
 
 from .cli_options import FOLDER, PLACE, WORKERS, examples, with_options
 from .cli_shard import RUNNING, run, shard
+from .cli_synth import synth
 from .errors import UserError
-
-
-@click.command()
-@click.argument("out", type=FOLDER)
-@click.option("--videos-per-class", default=40, show_default=True, help="Videos of each of the ten classes.")
-@click.option("--seconds", default=2.0, show_default=True, help="Length of a video.")
-@click.option("--fps", default=25, show_default=True)
-@click.option("--size", default="160x120", show_default=True, metavar="WxH", help="Frame size in pixels.")
-@click.option("--test-share", default=0.3, show_default=True, help="Share of the groups that make the test list.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**31 - 1))
-@WORKERS
-@examples("genkd synth motion\ngenkd synth motion --videos-per-class 100 --size 320x240 --seed 7")
-def synth(out: Path, size: str, workers: int, **settings: Any) -> None:
-    """Write a motion data set to OUT: real AVI files in UCF101's layout, ten classes that differ only by motion."""
-    from .preprocessing.synthetic import CLASSES, SynthSettings, synthesize
-    from .progress import bar
-
-    try:
-        width, height = (int(part) for part in size.lower().split("x"))
-    except ValueError:
-        raise UserError(f"--size {size!r} is not of the form WIDTHxHEIGHT, e.g. 160x120") from None
-    chosen = SynthSettings(width=width, height=height, **settings)
-    with bar("rendering", "videos") as progress:
-        progress.start(len(CLASSES) * chosen.videos_per_class)
-        counts = synthesize(out, chosen, workers=workers, on_video=progress.add)
-    click.echo(f"{out}: {len(CLASSES)} classes, {counts['train']} train and {counts['test']} test videos")
 
 
 @click.command()

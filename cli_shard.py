@@ -262,7 +262,8 @@ def print_summary(summary, as_json: bool) -> None:
     """What a conversion made, as text or JSON."""
     rejections = [vars(entry) for entry in summary.rejected]
     if as_json:
-        about = {"repaired": list(summary.repaired), "resumed_shards": summary.resumed_shards}
+        about = {"repaired": list(summary.repaired), "resumed_shards": summary.resumed_shards,
+                 "late_actions": summary.late_actions}  # fmt: skip
         click.echo(json.dumps({**(summary.info or {}), **about, "rejections": rejections}, indent=2))
         return
     if summary.repaired:
@@ -288,6 +289,12 @@ def print_summary(summary, as_json: bool) -> None:
             click.echo(f"  {entry.path}: {entry.stage}: {entry.reason}")
         if len(summary.rejected) > 10:
             click.echo(f"  and {len(summary.rejected) - 10} more")
+    if summary.late_actions:
+        count, key = sum(summary.late_actions.values()), next(iter(summary.late_actions))
+        click.echo(
+            f"note: {count} annotations of {len(summary.late_actions)} videos begin after the video's end, e.g. of "
+            f"{key}; training leaves them out"
+        )
     for name in summary.unused_classes[:10]:
         click.echo(f"note: no video of class {name} could be used")
     if len(summary.unused_classes) > 10:

@@ -36,8 +36,10 @@ def inspection_tables(found: dict[str, Any]) -> list[Table]:
             name, f"{entry['videos']:,}", f"{entry['frames']:,}", _duration(entry["seconds"]), _bytes(entry["bytes"])
         )
     names = list(found["splits"])
-    classes = _table("classes", "label", "class", *names)
-    for label, (name, counts) in enumerate(found["classes"].items()):
+    # Untrimmed videos have no class of their own: their actions are counted instead.
+    counted = found["actions"] or found["classes"]
+    classes = _table("actions" if found["actions"] else "classes", "label", "class", *names)
+    for label, (name, counts) in enumerate(counted.items()):
         classes.add_row(str(label), name, *(str(counts[split]) for split in names))
     spread = _table("videos", "", "min", "median", "max")
     labels = {"duration_s": "seconds", "fps": "frames/s", "width": "width px", "height": "height px",

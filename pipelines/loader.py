@@ -22,7 +22,7 @@ from .graph import reason
 from .run import Item, Run
 from .stats import Meter
 from .streams import Stream, is_flow, shapes
-from .windows import boundary_targets
+from .windows import actions_inside, boundary_targets
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,8 @@ class Loader:
     training: shuffled epochs of random clips, every video once an epoch; iterating gives the rest of the current epoch
     and moves on to the next. Otherwise one pass over views = (clips, crops) of every video, in key order, views of a
     video next to each other. detection: windows of untrimmed videos instead, in training all that hold an action, with
-    targets and splices; else those that cover each video. flow: a flow data set with the same keys, for Batch.flow.
+    targets and splices; else those that cover each video; a video that ends before its window is padded, never played
+    in a loop. flow: a flow data set with the same keys, for Batch.flow.
     batch_size counts clips over all ranks; rows: these rows of the index instead of the whole split. Close it, or use
     it as a context manager.
     Raises UserError for a bad split, shards that are missing or not those of the index, a decoder that cannot take the
@@ -220,10 +221,11 @@ class Loader:
             return plan.EvaluationWindows(config, rows, of_all)
         fps = dataset.column("fps")[rows]
         annotations = dataset.table["annotations"].take(pa.array(rows)).to_pylist()
-        actions = [
-            [(entry["start_s"] * rate, entry["end_s"] * rate, entry["label"]) for entry in own]
-            for own, rate in zip(annotations, fps.tolist(), strict=True)
-        ]
+        actions = []
+        for own, rate, frames in zip(annotations, fps.tolist(), dataset.num_frames[rows].tolist(), strict=True):
+            # Rounded, so that tenths of a second are whole frames at 10 a second: 1.1 * 10 is more than 11.
+            found = [(round(e["start_s"] * rate, 6), round(e["end_s"] * rate, 6), e["label"]) for e in own]
+            actions.append(actions_inside(frames, found))
         return plan.TrainingWindows(config, self.seed, rows, of_all, shards, actions)
 
     def _refuse_unsuitable(self, flow: Dataset | None) -> None:
@@ -247,6 +249,11 @@ class Loader:
                 f"{short} videos of {storage} are shorter than a clip of {needed} frames, e.g. "
                 f"{self.dataset.table['key'][row].as_py()} with {frames.min()}; lower data.clip_length or data.stride, "
                 "or say with data.padding how to fill clips up"
+            )
+        if short and self.detection and config.padding == "loop":
+            raise UserError(
+                f"{short} videos of {storage} are shorter than a window of {needed} frames and would be played in a "
+                "loop, with actions that no annotation tells: set data.padding=zero, or lower data.clip_length"
             )
         if short and self.rank == 0:
             how = "played in a loop" if config.padding == "loop" else "filled up"

@@ -109,6 +109,18 @@ def shortest_action(
     return math.ceil(min([clip, *spans]))
 
 
+def actions_inside(frames: int, actions: Sequence[tuple[float, float, int]]) -> list[tuple[float, float, int]]:
+    """The actions of which a video of so many frames shows at least half, cut to it. (start, end, label) in frames.
+
+    Four of THUMOS14's validation set, and 26 of its test set, begin after their video's end.
+    """
+    return [
+        (start, min(end, float(frames)), label)
+        for start, end, label in actions
+        if min(end, frames) - start >= 0.5 * (end - start)
+    ]
+
+
 def boundary_targets(actions: Sequence[tuple[float, float, int]], clip: int = 256) -> np.ndarray:
     """Where actions start and where they end: uint8 (2, clip), 1 around each boundary.
 

@@ -7,7 +7,7 @@ import dataclasses
 import os
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,10 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class Summary:
-    """A finished conversion. info is None for a slice, which leaves the index to merge(). repaired: shards rebuilt."""
+    """A finished conversion. info is None for a slice, which leaves the index to merge(). repaired: shards rebuilt.
+
+    late_actions: annotations that begin at or after the end of their video, by its key.
+    """
 
     out: str
     info: dict[str, Any] | None
@@ -70,6 +73,7 @@ class Summary:
     resumed_shards: int
     unused_classes: list[str]
     repaired: tuple[str, ...] = ()
+    late_actions: dict[str, int] = field(default_factory=dict)
 
 
 def convert(
@@ -307,7 +311,15 @@ def _finish(
     used.update(pc.unique(pc.struct_field(pc.list_flatten(table["annotations"]), "label")).to_pylist())
     background = {0} if plan["classes"][:1] == ["Background"] else set()
     unused = [name for label, name in enumerate(plan["classes"]) if label not in used | background]
-    return Summary(storage.name, info, rejected, resumed, unused, repaired)
+    return Summary(storage.name, info, rejected, resumed, unused, repaired, _late_actions(table))
+
+
+def _late_actions(table: pa.Table) -> dict[str, int]:
+    annotations = table["annotations"].combine_chunks()
+    rows = pc.list_parent_indices(annotations)
+    seconds = pc.divide(pc.cast(table["num_frames"], pa.float64()), table["fps"]).take(rows)
+    late = pc.greater_equal(pc.struct_field(pc.list_flatten(annotations), "start_s"), seconds)
+    return dict(Counter(table["key"].take(rows).filter(late).to_pylist()))
 
 
 def _split_counts(table: pa.Table) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from .shards import Dataset
 def inspect(path: str | Path) -> dict[str, Any]:
     """Counts and distributions as JSON values. Raises UserError if `path` is no finished data set.
 
-    splits: videos, frames, seconds and bytes of each; classes: videos a split of each; duration_s, fps, width, height
+    splits: videos, frames, seconds and bytes of each; classes: videos a split of each; actions: the same of the actions
+    in untrimmed videos, empty without any; duration_s, fps, width, height
     and gop_frames: minimum, median, maximum; rejected: number of rejected sources by reason.
     """
     dataset = Dataset.open(path, checked=True)
@@ -46,6 +47,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
             }
             for label, name in enumerate(dataset.classes)
         },
+        "actions": _actions(dataset, splits),
         "codecs": {entry["values"]: entry["counts"] for entry in pc.value_counts(table["codec"]).to_pylist()},
         "duration_s": _spread(frames / fps),
         "fps": _spread(fps),
@@ -54,6 +56,17 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "gop_frames": _spread(lengths),
         "bytes_per_video": _spread(dataset.column("size")),
         "rejected": {entry["values"]: entry["counts"] for entry in pc.value_counts(errors["stage"]).to_pylist()},
+    }
+
+
+def _actions(dataset: Dataset, splits: np.ndarray) -> dict[str, dict[str, int]]:
+    annotations = dataset.table["annotations"].combine_chunks()
+    labels = pc.struct_field(pc.list_flatten(annotations), "label").to_numpy()
+    of_action = splits[pc.list_parent_indices(annotations).to_numpy()]
+    return {
+        name: {split: int(((labels == label) & (of_action == split)).sum()) for split in dataset.info["splits"]}
+        for label, name in enumerate(dataset.classes)
+        if len(labels)
     }
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import av
 import cv2
@@ -21,6 +22,7 @@ from . import engines
 CLASSES = ("Bob", "Fall", "Grow", "Orbit", "Pulse", "Rise", "Shrink", "Slide", "Spin", "Sway")
 CLIPS_A_GROUP = 4
 _STAMP = "synth.json"
+MAX_SECONDS, MAX_FPS = 24 * 3600, 1000
 _SHAPES = ("bar", "cross", "ellipse", "square", "star", "triangle")
 
 
@@ -42,10 +44,25 @@ class SynthSettings:
             raise UserError(f"--videos-per-class {self.videos_per_class}: at least {CLIPS_A_GROUP + 1}, for two groups")
         if not 0 < self.test_share < 1:
             raise UserError(f"--test-share {self.test_share} is not between 0 and 1")
-        if self.fps < 1 or self.seconds * self.fps < 2:
-            raise UserError(f"{self.seconds} s at {self.fps} frames/s is less than two frames")
-        if min(self.width, self.height) < 32 or self.width % 2 or self.height % 2:
-            raise UserError(f"--size {self.width}x{self.height}: both sides must be even and at least 32 pixels")
+        refuse_unplayable((self.seconds, self.seconds), self.fps, (self.width, self.height))
+
+
+def refuse_unplayable(seconds: tuple[float, float], fps: int, size: tuple[int, int]) -> None:
+    """Raises UserError unless there are videos of so many seconds, from shortest to longest, and of that size."""
+    if fps < 1 or seconds[0] * fps < 2:
+        raise UserError(f"{seconds[0]:g} s at {fps} frames/s is less than two frames")
+    if not seconds[0] <= seconds[1] <= MAX_SECONDS:
+        raise UserError(f"--seconds {span_text(seconds)} is no length of up to {MAX_SECONDS} s, which is a day")
+    if fps > MAX_FPS:
+        raise UserError(f"--fps {fps} is more than {MAX_FPS} frames/s")
+    width, height = size
+    if min(size) < 32 or max(size) > 4096 or width % 2 or height % 2:
+        raise UserError(f"--size {width}x{height}: both sides must be even and from 32 to 4096 pixels")
+
+
+def span_text(span: tuple[float, float]) -> str:
+    """A range of seconds as the command line takes it: 2, or 45-75."""
+    return "-".join(dict.fromkeys(f"{seconds:g}" for seconds in span))
 
 
 def synthesize(
@@ -58,7 +75,7 @@ def synthesize(
     """
     out = Path(out).absolute()
     try:
-        _adopt(out, settings)
+        adopt(out, dataclasses.asdict(settings))
         names = [
             (name, group, clip)
             for name in CLASSES
@@ -77,20 +94,26 @@ def render(settings: SynthSettings, name: str, group: int, clip: int) -> np.ndar
     # The same scene and start for every class: what is seen in one frame says nothing about the class.
     scene = np.random.default_rng([settings.seed, 1, group, clip])
     motion = np.random.default_rng([settings.seed, 2, group, clip])
-    background, sprite = _background(scene, settings), _sprite(scene, settings)
+    size = (settings.width, settings.height)
+    background, sprite = draw_background(scene, size), draw_sprite(scene, size)
     frames = max(2, round(settings.seconds * settings.fps))
     seconds = np.arange(frames) / settings.fps
-    light = 1 + 0.08 * np.sin(2 * np.pi * (motion.uniform() + motion.uniform(0.2, 0.6) * seconds))
-    grain = motion.normal(0, 3, (8, settings.height, settings.width, 1))
-    path = _path(name, motion, seconds, settings.seconds)
+    light, grain = lighting(motion, seconds, size)
+    path = motion_path(name, motion, seconds, settings.seconds)
     images = np.empty((frames, settings.height, settings.width, 3), np.uint8)
-    for number, (x, y, scale, angle) in enumerate(path):
-        image = _draw(background, sprite, x * settings.width, y * settings.height, scale, angle)
+    for number, pose in enumerate(path):
+        image = compose(background, sprite, pose)
         images[number] = np.clip(image * light[number] + grain[motion.integers(8)], 0, 255)
     return images
 
 
-def _path(name: str, random: np.random.Generator, t: np.ndarray, seconds: float) -> np.ndarray:
+def lighting(random: np.random.Generator, seconds: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """A slow change of light, a factor for each of the times (T,), and eight patterns of grain (8,H,W,1)."""
+    light = 1 + 0.08 * np.sin(2 * np.pi * (random.uniform() + random.uniform(0.2, 0.6) * seconds))
+    return light, random.normal(0, 3, (8, size[1], size[0], 1))
+
+
+def motion_path(name: str, random: np.random.Generator, t: np.ndarray, seconds: float) -> np.ndarray:
     """Centre x, y (shares of the frame), scale and angle (degrees) of the object over time: (T,4).
 
     Place, size and turn of the object are drawn in the same way for every class, so that one frame tells little.
@@ -126,34 +149,35 @@ def _path(name: str, random: np.random.Generator, t: np.ndarray, seconds: float)
     return np.stack([x, y, scale, angle], 1)
 
 
-def _draw(background: np.ndarray, sprite: np.ndarray, x: float, y: float, scale: float, angle: float) -> np.ndarray:
+def compose(background: np.ndarray, sprite: np.ndarray, pose: Iterable[float]) -> np.ndarray:
+    """The object on its background, float32 (H,W,3). pose: x, y (shares of the frame), scale, angle (degrees)."""
+    x, y, scale, angle = pose
     side = sprite.shape[0]
-    matrix = cv2.getRotationMatrix2D((side / 2, side / 2), angle, scale)
-    matrix[:, 2] += x - side / 2, y - side / 2
     height, width = background.shape[:2]
+    matrix = cv2.getRotationMatrix2D((side / 2, side / 2), angle, scale)
+    matrix[:, 2] += x * width - side / 2, y * height - side / 2
     placed = cv2.warpAffine(sprite, matrix, (width, height), flags=cv2.INTER_LINEAR)
     alpha = placed[..., 3:]
     return background * (1 - alpha) + placed[..., :3] * alpha
 
 
-def _background(random: np.random.Generator, settings: SynthSettings) -> np.ndarray:
-    """Smooth noise around one colour with a few still shapes on it, float32 (H,W,3) in 0..255."""
+def draw_background(random: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
+    """Smooth noise around one colour with a few still shapes on it, float32 (H,W,3) in 0..255. size: W, H."""
     coarse = (random.uniform(70, 170, 3) + random.uniform(-35, 35, (4, 5, 3))).astype(np.float32)
     fine = random.normal(0, 10, (12, 16, 3)).astype(np.float32)
-    size = (settings.width, settings.height)
     image = cv2.resize(coarse, size, interpolation=cv2.INTER_CUBIC) + cv2.resize(
         fine, size, interpolation=cv2.INTER_LINEAR
     )
     for _ in range(int(random.integers(0, 3))):
-        still = _sprite(random, settings)
-        x, y = random.uniform(0, settings.width), random.uniform(0, settings.height)
-        image = _draw(image, still, x, y, random.uniform(0.3, 0.6), random.uniform(0, 360))
+        still = draw_sprite(random, size)
+        pose = (random.uniform(), random.uniform(), random.uniform(0.3, 0.6), random.uniform(0, 360))
+        image = compose(image, still, pose)
     return np.clip(image, 0, 255)
 
 
-def _sprite(random: np.random.Generator, settings: SynthSettings) -> np.ndarray:
+def draw_sprite(random: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
     """A textured shape with its alpha, float32 (S,S,4): colours 0..255, alpha 0..1; a third of the frame's height."""
-    side = 2 * round(settings.height * 0.19)
+    side = 2 * round(size[1] * 0.19)
     grid = (np.mgrid[0:side, 0:side].astype(np.float32) + 0.5) / side * 2 - 1
     v, u = grid
     shape = _SHAPES[int(random.integers(len(_SHAPES)))]
@@ -191,16 +215,19 @@ def _write_videos(task: tuple[str, SynthSettings, list], report: engines.Report)
         report(1)
 
 
-def write_video(path: Path, frames: np.ndarray, fps: int) -> None:
-    """frames (T,H,W,3) uint8 RGB as an MPEG-4 Part 2 AVI file, the codec and container of UCF101."""
-    with av.open(str(path), "w", format="avi", options={"fflags": "+bitexact"}) as container:
+def write_video(path: Path, frames: Iterable[np.ndarray], fps: int, kind: str = "avi") -> None:
+    """frames, each (H,W,3) uint8 RGB, as MPEG-4 Part 2 in an "avi" file, as UCF101 has it, or an "mp4" file."""
+    remaining = iter(frames)
+    first = next(remaining)
+    with av.open(str(path), "w", format=kind, options={"fflags": "+bitexact"}) as container:
         options = {"qmin": "2", "qmax": "5", "flags": "+bitexact"}
         stream = cast(av.VideoStream, container.add_stream("mpeg4", rate=fps, options=options))
-        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
-        stream.codec_context.codec_tag = "XVID"
+        stream.width, stream.height, stream.pix_fmt = first.shape[1], first.shape[0], "yuv420p"
+        if kind == "avi":
+            stream.codec_context.codec_tag = "XVID"
         stream.codec_context.thread_count = 1
         stream.bit_rate = 8_000_000
-        for image in frames:
+        for image in itertools.chain([first], remaining):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode(None))
 
@@ -227,15 +254,19 @@ def _relative(name: str, group: int, clip: int) -> str:
     return f"{name}/v_{name}_g{group + 1:02d}_c{clip + 1:02d}.avi"
 
 
-def _adopt(out: Path, settings: SynthSettings) -> None:
+def adopt(out: Path, values: dict[str, Any]) -> None:
+    """Makes OUT and notes in it what data set goes there; UserError if it holds something else."""
     stamp = out / _STAMP
-    values = dataclasses.asdict(settings)
+    values = json.loads(json.dumps(values))
     if stamp.is_file():
-        old = json.loads(stamp.read_text(encoding="utf-8"))
+        try:
+            old = dict(json.loads(stamp.read_text(encoding="utf-8")))
+        except (TypeError, ValueError):
+            raise UserError(f"{stamp} is damaged; choose another folder, or delete {out}") from None
+        if old.keys() != values.keys():
+            raise UserError(f"{out} holds another kind of data set, trimmed or untrimmed; choose another folder")
         if old != values:
-            changed = ", ".join(
-                f"{key} {old.get(key)} -> {values[key]}" for key in values if old.get(key) != values[key]
-            )
+            changed = ", ".join(f"{key} {old[key]} -> {values[key]}" for key in values if old[key] != values[key])
             raise UserError(f"{out} holds a data set made with other settings ({changed}); choose another folder")
         return
     out.mkdir(parents=True, exist_ok=True)

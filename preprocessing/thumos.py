@@ -41,8 +41,9 @@ def thumos14(
     val_video_info.csv and test_video_info.csv say: those beside the arrays or in ROOT, written with them, before
     those of the annotations. A key is a video's name.
     Class 0 is Background, 1 to 20 are those of the index file. Annotations of the class Ambiguous are dropped;
-    videos without any other are recorded as rejected; those never annotated are left out. Some annotations end
-    after their video.
+    videos without any other, and annotated ones that are not there, are recorded as rejected; those never annotated
+    are left out. Some annotations begin or end after their video: the conversion counts them. Raises UserError for
+    annotation files that are missing or wrong, naming the line, and if no annotated video is there.
     """
     root = existing_folder(root)
     folder = _annotations_folder(root, annotations)
@@ -52,7 +53,7 @@ def thumos14(
     rejected: list[Rejection] = []
     for split, places in (_FLOW_FOLDERS if flow else _FOLDERS).items():
         actions: dict[str, list[Annotation]] = {}
-        for row in _rows(folder, split, number_of):
+        for row in _rows(folder, split, number_of, classes):
             kept = actions.setdefault(row["video"], [])
             if row["label"]:
                 kept.append(Annotation(row["start"], row["end"], row["label"]))
@@ -98,12 +99,12 @@ def _classes(folder: Path) -> tuple[dict[int, int], tuple[str, ...]]:
     return thumos_files.read_classes(path)
 
 
-def _rows(folder: Path, split: str, number_of: dict[int, int]) -> Iterator[dict[str, Any]]:
+def _rows(folder: Path, split: str, number_of: dict[int, int], classes: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     """The annotations of a split: video, label (0: Ambiguous), start and end in seconds, startFrame and endFrame."""
     path = _csv_file(folder, split)
     if path is None:
         raise UserError(f"there is no {split}_Annotation.csv in {folder}")
-    for where, row in thumos_files.read_rows(path, number_of):
+    for where, row in thumos_files.read_rows(path, number_of, classes):
         relative_name(row["video"], folder, where)
         yield row
 

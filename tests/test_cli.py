@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 
@@ -62,6 +63,57 @@ def test_bad_input_is_one_sentence_and_exit_code_1(genkd, tmp_path, arguments, w
     assert done.returncode == 1, done.stderr
     assert words in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "x").exists() and not (tmp_path / "out" / "dataset.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--seconds", "1-2"], "trimmed videos have one length"),
+        (["--seconds", "nan"], "--seconds nan is no length"),
+        (["--seconds", "soon"], "neither a number of seconds nor a range"),
+        (["--size", "100000x100000"], "from 32 to 4096 pixels"),
+        (["--classes", "Bob,Fall"], "--classes is for untrimmed videos; it needs --untrimmed"),
+        (["--untrimmed", "--videos-per-class", "5"], "--videos-per-class is for trimmed videos; leave it out"),
+        (["--untrimmed", "--classes", "Bob,Slid"], "did you mean Slide"),
+        (["--untrimmed", "--test-videos", "0"], "at least one video"),
+        (["--untrimmed", "--seconds", "9", "--gap-seconds", "5"], "but video_validation_0000001 has 9 s; lower"),
+        (["--untrimmed", "--action-seconds", "8-1"], "--action-seconds 8-1 is no length, or range"),
+    ],
+)
+def test_impossible_data_sets_are_one_sentence(tmp_path, options, words):
+    from click.testing import CliRunner
+
+    from genkd.cli import main
+
+    result = CliRunner().invoke(main, ["synth", str(tmp_path / "out"), *options])
+    assert result.exit_code == 1 and words in result.output and "Traceback" not in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_tells_the_defaults():
+    from click.testing import CliRunner
+
+    from genkd.cli import main
+    from genkd.preprocessing.synthetic import SynthSettings
+    from genkd.preprocessing.untrimmed import UntrimmedSettings
+
+    help_page = CliRunner().invoke(main, ["synth", "--help"]).output
+    told = " ".join(help_page.split("Options:")[1].split())
+    trimmed, untrimmed = SynthSettings(), UntrimmedSettings()
+    for option, default in {
+        "videos-per-class": trimmed.videos_per_class,
+        "test-share": trimmed.test_share,
+        "validation-videos": untrimmed.validation_videos,
+        "test-videos": untrimmed.test_videos,
+        "actions-per-minute": f"{untrimmed.actions_per_minute:g}",
+        "action-seconds": "{:g}-{:g}".format(*untrimmed.action_seconds),
+        "gap-seconds": f"{untrimmed.gap_seconds:g}",
+        "mixed-share": untrimmed.mixed_share,
+        "seconds": "{:g}; untrimmed: {:g}-{:g}".format(trimmed.seconds, *untrimmed.seconds),
+        "fps": f"{trimmed.fps}; untrimmed: {untrimmed.fps}",
+        "size": f"{trimmed.width}x{trimmed.height}; untrimmed: {untrimmed.width}x{untrimmed.height}",
+    }.items():
+        assert re.search(rf"--{option} [^\[]*\[default: ([^\]]*)\]", told)[1] == str(default), option
 
 
 def test_doctor_decodes_a_clip(genkd):

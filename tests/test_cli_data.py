@@ -105,6 +105,29 @@ def test_arrays_and_their_flow_become_shards_with_annotations(videos, tmp_path, 
     assert {split: entry["frames"] for split, entry in told["splits"].items()} == {"test": 16, "val": 16}
 
 
+def test_untrimmed_videos_become_shards(tmp_path, genkd):
+    told = genkd(
+        "synth", "videos", "--untrimmed", "--validation-videos", 2, "--test-videos", 1, "--seconds", "9-10",
+        "--size", "64x48", "--classes", "Slide,Spin,Pulse", "--actions-per-minute", 20, "--action-seconds", "1-2",
+        "--gap-seconds", 0.5, "--mixed-share", 0, "--workers", 0,
+    ).stdout  # fmt: skip
+    # 3 actions in each video, whose class is that of its number: Pulse, then Slide.
+    assert "3 classes, 2 validation videos with 6 actions and 1 test videos with 3 actions" in told
+    assert "note: no validation video has Spin\nnote: no test video has Slide, Spin\n" in told
+    told = genkd("shard", "thumos14", "videos", "data", "--codec", "mjpeg").stdout
+    assert "videos test 1, val 2; 4 classes" in told and "note: no video of class Spin could be used" in told
+    found = json.loads(genkd("inspect", "data", "--json").stdout)
+    assert found["actions"] == {
+        "Background": {"test": 0, "val": 0}, "Pulse": {"test": 3, "val": 3}, "Slide": {"test": 0, "val": 3},
+        "Spin": {"test": 0, "val": 0},
+    }  # fmt: skip
+    assert (found["width"]["max"], found["fps"]["max"]) == (112, 10)
+    shown = genkd("inspect", "data").stdout
+    assert "actions" in shown and "Slide" in shown
+    genkd("show", "data", "--key", "video_test_0000001", "--epoch", 1, "data.clip_length=32", "data.size=96")
+    assert (tmp_path / "clips.png").stat().st_size > 10_000
+
+
 def test_csv_and_list_files(few, tmp_path, genkd):
     names = sorted(f"{path.parent.name}/{path.name}" for path in few.glob("*/*.avi"))
     (tmp_path / "mine.csv").write_text("path,label,start,end\n" + "".join(

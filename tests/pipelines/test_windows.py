@@ -73,6 +73,11 @@ def test_a_window_keeps_what_lies_in_it_by_half():
     assert windows.training_windows(256, actions[1:]) == []
 
 
+def test_actions_that_a_video_does_not_show_are_left_out():
+    actions = [(10.0, 20.0, 1), (90.0, 110.0, 2), (90.0, 110.1, 3), (100.0, 101.0, 4), (250.0, 260.0, 5)]
+    assert windows.actions_inside(100, actions) == [(10.0, 20.0, 1), (90.0, 100.0, 2)]
+
+
 def test_boundary_targets_stay_inside_the_window():
     targets = windows.boundary_targets([(1.0, 256.0, 1)])
     assert np.flatnonzero(targets[0]).tolist() == list(range(15))  # 1 - 12.75 to 1 + 12.75

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from genkd.errors import UserError
-from genkd.preprocessing.synthetic import CLASSES, SynthSettings, _path, render, synthesize
+from genkd.preprocessing.synthetic import CLASSES, SynthSettings, motion_path, render, synthesize
 
 SETTINGS = SynthSettings(videos_per_class=5, seconds=1.0, width=64, height=48)
 
@@ -42,13 +42,13 @@ def test_one_frame_does_not_tell_the_class():
         medians = np.stack([np.median(render(SETTINGS, name, 0, clip), 0) for name in CLASSES])
         differs = (np.ptp(medians, 0) > 25).any(-1)
         assert differs.mean() < 0.45
-        starts = np.stack([_path(name, np.random.default_rng(clip), np.zeros(1), 1.0)[0] for name in CLASSES])
+        starts = np.stack([motion_path(name, np.random.default_rng(clip), np.zeros(1), 1.0)[0] for name in CLASSES])
         assert np.ptp(starts[:, :2], 0).max() < 1
 
 
 def test_classes_move_as_they_are_called():
     t = np.arange(50) / 25
-    paths = {name: _path(name, np.random.default_rng(3), t, 2.0) for name in CLASSES}
+    paths = {name: motion_path(name, np.random.default_rng(3), t, 2.0) for name in CLASSES}
     change = {name: path[-1] - path[0] for name, path in paths.items()}
     assert change["Rise"][1] < -0.4 and change["Fall"][1] > 0.4 and abs(change["Slide"][0]) > 0.4
     assert change["Grow"][2] > 0.5 and change["Shrink"][2] < -0.5 and abs(change["Spin"][3]) > 200

@@ -148,9 +148,21 @@ def test_frames_of_the_original_are_frames_at_ten_a_second(small):
         ("val_Annotation.csv", "4.5", "x", r"val_Annotation\.csv, line 2: .* must be numbers"),
         ("val_Annotation.csv", "4.5", "7", "line 2: start 7 is not before end 6"),
         ("val_Annotation.csv", ",9,", ",8,", "line 2: class number 8 is not in the class index"),
+        ("val_Annotation.csv", ",9,", ",nan,", "line 2: .* must be numbers"),
+        ("val_Annotation.csv", "4.5", "nan", "line 2: .* must be numbers"),
+        ("val_Annotation.csv", ",4.5,6.0,", ",4.5,inf,", "line 2: .* must be numbers"),
+        ("val_Annotation.csv", "135,180", "135,nan", "line 2: .* must be numbers"),
+        ("val_Annotation.csv", "4.5", "-4.5", "line 2: start -4.5 is not before end 6, or below 0"),
+        ("val_Annotation.csv", "4.5", "6.0", "line 2: start 6 is not before end 6"),
+        ("val_Annotation.csv", "BasketballDunk", "HighJump", "line 2: class number 9 is BasketballDunk, not HighJump"),
+        ("val_Annotation.csv", ",9,", ",0,", "line 2: class number 0 is Ambiguous, not BasketballDunk"),
         ("val_Annotation.csv", "type_idx", "index", "no column type_idx"),
         ("val_Annotation.csv", "val_1", "../val_1", "line 2: .* is no path below"),
         ("Class_Index_Detection.txt", "7 ", "seven ", "line 1: expected `number name`, found 'seven BaseballPitch'"),
+        ("Class_Index_Detection.txt", "9 ", "7 ", "line 2: '7 BasketballDunk' repeats a number or name"),
+        ("Class_Index_Detection.txt", "BasketballDunk", "BaseballPitch", "line 2: '9 BaseballPitch' repeats"),
+        ("Class_Index_Detection.txt", "9 ", "0 ", "takes 0, which is Ambiguous"),
+        ("Class_Index_Detection.txt", "7 BaseballPitch\n9 BasketballDunk\n", "", "names no class"),
     ],
 )
 def test_bad_annotations_are_refused(small, file, old, new, message):
@@ -159,6 +171,18 @@ def test_bad_annotations_are_refused(small, file, old, new, message):
     (small / file).write_text(text.replace(old, new))
     with pytest.raises(UserError, match=message):
         thumos.thumos14(small)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "0", "-1", "x", ""])
+@pytest.mark.parametrize("column", ["count", "sample_count"])
+def test_bad_frame_counts_are_refused(small, column, value):
+    info = {"video": "val_1", "fps": "30.0", "sample_fps": "10.0", "count": "300.0", "sample_count": "100"}
+    info[column] = value
+    (small / "val_video_info.csv").write_text(f"{','.join(info)}\n{','.join(info.values())}\n")
+    with pytest.raises(UserError, match=r"val_video_info\.csv, line 2: .* must be (numbers|above 0)"):
+        thumos_files.thumos_frames(
+            small / "val_video_info.csv", small / "val_Annotation.csv", small / "Class_Index_Detection.txt"
+        )
 
 
 def test_missing_annotations_are_named(small):
