@@ -122,10 +122,11 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
 
 
 @main.command()
-@click.argument("what", type=click.Choice(["loader", "shard", "train", "kernels"]))
+@click.argument("what", type=click.Choice(["loader", "shard", "train", "kernels", "detect"]))
 @click.option(
-    "--data", type=FOLDER, help="loader, train: shard data set; shard: folder of videos  [default: synthetic]"
-)
+    "--data", type=FOLDER,
+    help="loader, train: shard data set; shard: folder of videos; detect: ground-truth JSON  [default: synthetic]",
+)  # fmt: skip
 @click.option(
     "--workload", "workloads", multiple=True,
     help="loader: 16x224, 64x224, 256x96-long, index, or memory, which only runs when named. May be repeated.",
@@ -139,11 +140,13 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
     "genkd bench loader --data data/ucf101 --workload 16x224 --json\n"
     "genkd bench loader --tune --data data/ucf101 --workload 64x224\n"
     "genkd bench train --out result.json\n"
-    "genkd bench kernels --repeats 20"
+    "genkd bench kernels --repeats 20\n"
+    "genkd bench detect --data thumos_gt.json"
 )
 def bench(what: str, data: Path | None, workloads: tuple[str, ...], tune: bool, out: Path | None, repeats: int,
           as_json: bool) -> None:  # fmt: skip
-    """Measure side by side in one run: the loader against other loaders, sharding, training steps, fused kernels.
+    """Measure side by side in one run: the loader against other loaders, sharding, training steps, fused kernels, and
+    soft-NMS and mAP of detections.
 
     With --tune: look for the loader's fastest settings on this machine, for `genkd train`.
     """

@@ -1,4 +1,4 @@
-"""Commands that measure trained networks, and fuse what they found."""
+"""Commands that measure trained networks and what they found, and fuse it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .errors import UserError
 
 @click.group()
 def evaluate() -> None:
-    """Measure trained weights on a data set."""
+    """Measure trained weights on a data set, or detections beside their ground truth."""
 
 
 @evaluate.command()
@@ -75,6 +75,55 @@ def recognition(weights: tuple[Path, ...], datasets: tuple[str | Path, ...], out
         raise problem
 
 
+@evaluate.command()
+@click.argument("predictions", type=FOLDER)
+@click.option(
+    "--ground-truth", required=True, type=FOLDER, help="JSON of THUMOS14 or ActivityNet, which may be gzipped."
+)
+@click.option("--subset", default="test", show_default=True, help="Of the ground truth; ActivityNet: validation.")
+@click.option(
+    "--tiou", default="0.1:0.5:0.1", show_default=True,
+    help="Thresholds, first:last:step or with commas; ActivityNet: 0.5:0.95:0.05.",
+)  # fmt: skip
+@click.option("--per-class", is_flag=True, help="Also show the average precision of each class.")
+@click.option("--recall", metavar="N,...", help="Also the average recall at N proposals a video, e.g. 1,10,50,100.")
+@click.option("--errors", is_flag=True, help="Also what the errors are among the top 10G predictions.")
+@click.option("--out", type=FOLDER, help="Write all of it to this JSON file.")
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+@examples(
+    "genkd evaluate detection detections.json --ground-truth thumos_gt.json --per-class\n"
+    "genkd evaluate detection detections.json --ground-truth thumos_gt.json --tiou 0.3:0.7:0.1 --json | jq .map\n"
+    "genkd evaluate detection detections.json --ground-truth activity_net.v1-3.min.json --subset validation \\\n"
+    "      --tiou 0.5:0.95:0.05 --recall 1,10,100 --errors --out detection.json"
+)
+def detection(predictions: Path, ground_truth: Path, subset: str, tiou: str, per_class: bool, recall: str | None,
+              errors: bool, out: Path | None, as_json: bool) -> None:  # fmt: skip
+    """Mean average precision of temporal action detections, as ActivityNet's evaluator defines it, and average recall
+    and errors (DETAD) on request.
+
+    PREDICTIONS is JSON, which may be gzipped: {"results": {VIDEO: [{"label", "score", "segment": [START_S, END_S]}]}}.
+    Those of other videos and labels than the subset's are ignored and counted.
+    """
+    from .evaluation import detection as metrics
+    from .evaluation.ground_truth import read_ground_truth
+    from .evaluation.proposals import read_proposals
+    from .files import prepare_file, write_json
+    from .tables import detection_tables, show
+
+    tious, numbers = metrics.parse_tious(tiou), _numbers(recall)
+    truth, found = read_ground_truth(ground_truth, subset), read_proposals(predictions)
+    if out:
+        prepare_file(out)
+    values = metrics.mean_average_precision(truth, found, tious, subset).to_json()
+    if numbers:
+        values["average_recall"] = metrics.average_recall(truth, found, tious, numbers, subset).to_json()
+    if errors:
+        values["errors"] = metrics.error_breakdown(truth, found, tious, subset).to_json()
+    if out:
+        write_json(out, values)
+    click.echo(json.dumps(values, indent=2)) if as_json else show(detection_tables(values, per_class=per_class))
+
+
 @click.command()
 @click.argument("streams", nargs=-1, required=True, type=FOLDER)
 @click.option("--weights", help="One a stream, e.g. 1,1.5  [default: all 1]")
@@ -104,6 +153,13 @@ def fuse(streams: tuple[Path, ...], weights: str | None, rule: str, search: bool
 
     values = fuse_files(streams, _weights(weights), rule, out, search=search)
     click.echo(json.dumps(values, indent=2)) if as_json else show(fusion_tables(values))
+
+
+def _numbers(text: str | None) -> list[int]:
+    parts = [] if text is None else text.split(",")
+    if not all(part.strip().isdecimal() and 0 < int(part) < 2**31 for part in parts):
+        raise UserError(f"--recall {text!r} is not numbers of proposals with commas between them, e.g. 1,10,50,100")
+    return list(map(int, parts))
 
 
 def _weights(text: str | None) -> list[float] | None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gzip
 import hashlib
 import json
 import os
 import socket
+import zlib
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,21 @@ def write_json(path: Path, value: Any) -> None:
 def json_bytes(value: Any) -> bytes:
     """value as the text of an indented JSON file."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file, which may be gzipped. Raises UserError."""
+    try:
+        data = path.read_bytes()
+        return json.loads(gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data)
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        raise UserError(f"{path} is cut off or damaged: it cannot be unpacked") from None
+    except OSError as error:
+        raise UserError(explain_os_error(error, f"reading {path}")) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON ({error})") from None
 
 
 def numbered_lines(path: Path) -> list[tuple[int, str]]:

@@ -58,6 +58,7 @@ setup(
         "nvidia-dali-cuda120>=1.50",
         "av>=14",
         "numpy>=1.26",
+        "numba>=0.61",
         "opencv-contrib-python-headless>=4.10",
         "pyarrow>=17",
         "fsspec>=2024.6",

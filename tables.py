@@ -133,6 +133,57 @@ def fusion_tables(values: dict[str, Any]) -> list[Table]:
     return [table, gains, search]
 
 
+def detection_tables(values: dict[str, Any], *, per_class: bool = False) -> list[Table]:
+    """mAP by tIoU, what was left out, and where they are there: classes, average recall, errors."""
+    counts = values["counts"]
+    levels = [f"{tiou:g}" for tiou in values["tious"]]
+    head = f"{values['subset']}: {counts['used']:,} predictions, {len(values['per_class'])} classes"
+    table = _table(f"{head}, in % by tIoU", "", *levels, "average")
+    table.add_row("mAP", *map(_share, values["map"]), _share(values["average_map"]))
+    if "average_recall" in values:
+        table.add_section()
+        found = values["average_recall"]
+        for column, (number, average) in enumerate(zip(found["numbers"], found["average"], strict=True)):
+            table.add_row(f"AR@{number}", *(_share(row[column]) for row in found["recall"]), _share(average))
+    tables = [table]
+    if per_class:
+        classes = _table("average precision in % by tIoU", "class", "instances", "predictions", *levels, "average")
+        for name, entry in values["per_class"].items():
+            mean = sum(entry["ap"]) / len(entry["ap"])
+            classes.add_row(
+                name, f"{entry['instances']:,}", f"{entry['predictions']:,}", *map(_share, entry["ap"]), _share(mean)
+            )
+        tables.append(classes)
+    if "errors" in values:
+        found = values["errors"]
+        # Past the last predictions there is nothing to show.
+        filled = [row for row in found["shares"] if row[found["types"][0]] is not None]
+        ranks = [f"{number}G" for number in range(1, len(filled) + 1)]
+        errors = _table(
+            "predictions by rank in % of them, G: the instances of a class", "", *ranks, "all", "mAP_N gain"
+        )
+        for kind in found["types"]:
+            gain = f"{100 * found['gain'][kind]:+.2f}" if kind != found["types"][0] else ""
+            errors.add_row(kind, *(_share(row[kind]) for row in filled), _share(found["overall"][kind]), gain)
+        tables.append(errors)
+    notes = {
+        "unknown_video": f"ignored: of videos that are not in subset {values['subset']!r}",
+        "unknown_label": "ignored: of labels that no instance has",
+        "reversed": "false: end before they start",
+        "reversed_instances": "instances that end before they start, which nothing finds",
+    }
+    missing = [name for name, entry in values["per_class"].items() if not entry["predictions"]]
+    if missing or any(counts[key] for key in notes):
+        left = _table("to note", "what", "found")
+        for key, text in notes.items():
+            if counts[key]:
+                left.add_row(text, f"{counts[key]:,}")
+        if missing:
+            left.add_row(f"classes without a prediction, AP 0: {', '.join(missing)}", f"{len(missing):,}")
+        tables.append(left)
+    return tables
+
+
 def benchmark_tables(result: dict[str, Any]) -> list[Table]:
     """One row a contender: median, spread and ratio to the first; one table a workload where there are several."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -216,6 +267,10 @@ def _spread(mean: dict[str, float], std: dict[str, float]) -> list[str]:
         f"{mean[key]:.4f} ± {std[key]:.4f}" if key == "loss" else f"{100 * mean[key]:.2f} ± {100 * std[key]:.2f} %"
         for key in _METRICS
     ]
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f}"
 
 
 def _duration(seconds: float) -> str:

@@ -12,13 +12,14 @@ from ..errors import UserError
 def run_benchmark(
     what: str, data: Path | None, repeats: int, workloads: Sequence[str] = (), *, tune: bool = False
 ) -> dict[str, Any]:
-    """Runs the benchmark `what`: "loader", "shard", "train" or "kernels"; data: None measures on synthetic videos.
+    """Runs the benchmark `what`: "loader", "shard", "train", "kernels" or "detect"; data: None measures on synthetic
+    videos, and for "detect" on a synthetic ground truth.
 
     workloads: of the loader benchmark; none are its default ones. tune: look for the loader's fastest settings
     instead. Raises UserError where another benchmark has none of these.
     """
     # Here and not above: a process that measures one thing should not hold the packages of the others.
-    from . import kernels, loader, loader_tune, shard, train
+    from . import detect, kernels, loader, loader_tune, shard, train
 
     if what == "loader" and tune:
         if len(workloads) > 1:
@@ -32,4 +33,4 @@ def run_benchmark(
         if data is not None:
             raise UserError("genkd bench kernels measures on random tensors; it takes no --data")
         return kernels.run(repeats)
-    return {"shard": shard.run, "train": train.run}[what](data, repeats)
+    return {"shard": shard.run, "train": train.run, "detect": detect.run}[what](data, repeats)

@@ -16,7 +16,7 @@ import torch
 
 from ..preprocessing.synthetic import SynthSettings, synthesize
 
-_PACKAGES = ("torch", "nvidia-dali-cuda120", "av", "numpy", "pyarrow", "genkd")
+_PACKAGES = ("torch", "nvidia-dali-cuda120", "av", "numpy", "numba", "pyarrow", "genkd")
 
 
 def compare(

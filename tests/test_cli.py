@@ -9,8 +9,8 @@ import pytest
 @pytest.mark.parametrize(
     "verb",
     [[], ["synth"], ["shard"], ["shard", "folder"], ["shard", "ucf101"], ["inspect"], ["verify"], ["train"],
-     ["evaluate"], ["evaluate", "recognition"], ["fuse"], ["predict"], ["import-checkpoint"], ["export"], ["demo"],
-     ["report"], ["bench"], ["doctor"]],
+     ["evaluate"], ["evaluate", "recognition"], ["evaluate", "detection"], ["fuse"], ["predict"],
+     ["import-checkpoint"], ["export"], ["demo"], ["report"], ["bench"], ["doctor"]],
 )  # fmt: skip
 def test_every_verb_has_help(verb):
     from click.testing import CliRunner
