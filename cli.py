@@ -11,8 +11,9 @@ from typing import Any
 
 import click
 
-from . import __version__, cli_data, cli_evaluate, cli_export, cli_predict, cli_weights
+from . import __version__, cli_data, cli_detection, cli_evaluate, cli_export, cli_predict, cli_weights
 from .cli_options import DEVICE, FOLDER, examples
+from .configs import PHASES
 from .errors import Stopped, UserError, explain_os_error
 from .files import write_json
 
@@ -54,13 +55,13 @@ def main() -> None:
     logging.getLogger("genkd").setLevel(logging.INFO)
 
 
-_GROUPS = (cli_data, cli_evaluate, cli_predict, cli_weights, cli_export)
+_GROUPS = (cli_data, cli_evaluate, cli_detection, cli_predict, cli_weights, cli_export)
 for _command in (command for group in _GROUPS for command in group.COMMANDS):
     main.add_command(_command)
 
 
 @main.command()
-@click.argument("phase", type=click.Choice(["teacher", "representation", "distill"]))
+@click.argument("phase", type=click.Choice(PHASES))
 @click.option("--config", "source", required=True, help="A preset's name or a YAML file.")
 @click.option("--out", required=True, type=FOLDER, help="Run folder; an unfinished run in it is continued.")
 @click.option(
@@ -76,10 +77,12 @@ for _command in (command for group in _GROUPS for command in group.COMMANDS):
     "genkd train representation --config ucf101 --out runs/rep data.dataset=data/ucf101 init=runs/teacher\n"
     "genkd train distill --config ucf101 --out runs/student data.dataset=data/ucf101 teacher=runs/rep\n"
     "genkd train distill --config ucf101-modern --out runs/kd data.dataset=data/ucf101 teacher=runs/rep method=logits\n"
+    "genkd train detect-teacher --config thumos14 --out runs/det data.dataset=data/thumos14 init=rgb_imagenet.pt\n"
     "torchrun --nproc-per-node 8 -m genkd train teacher --config ucf101 --out runs/teacher data.dataset=data/ucf101"
 )
 def train(phase: str, source: str, out: Path, resume: str, overrides: tuple[str, ...]) -> None:
-    """Train one phase: teacher, representation (init=RUN names the teacher), distill (needs teacher=RUN).
+    """Train one phase: teacher, representation (init=RUN names the teacher), distill (needs teacher=RUN), or the same
+    of a detector, detect-teacher, detect-representation, detect-distill.
 
     OVERRIDES are key=value pairs over the configuration, dotted keys and YAML values: optimizer.lr=0.05. A run that
     was stopped or killed continues from its newest checkpoint when the same command is run again.

@@ -12,6 +12,7 @@ import click
 from .cli_options import FOLDER, PLACE, WORKERS, examples, with_options
 from .cli_shard import RUNNING, run, shard
 from .cli_synth import synth
+from .configs import PHASES
 from .errors import UserError
 
 
@@ -53,7 +54,7 @@ def verify(dataset: str | Path, workers: int, as_json: bool) -> None:
 @click.argument("dataset", type=PLACE)
 @click.option("--key", required=True, help="The video, as the index names it.")
 @click.option("--config", "source", default="ucf101", show_default=True, help="A preset's name or a YAML file.")
-@click.option("--phase", type=click.Choice(["teacher", "representation", "distill"]), default="teacher",
+@click.option("--phase", type=click.Choice(PHASES), default="teacher",
               show_default=True, help="Whose settings of the configuration.")  # fmt: skip
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**31 - 1), help="The training run's.")
 @click.option("--epoch", "epochs", type=click.IntRange(1), multiple=True, help="Repeatable  [default: 1, 2, 3]")

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..configs.load import load
 from ..models import checkpoints
+from ..models.cvae import ConditionalVAE
 from ..pipelines.loader import Batch, Loader
 from ..pipelines.streams import is_flow
 from ..preprocessing.shards import Dataset
@@ -80,7 +81,8 @@ class _Contender:
         if is_reference:
             self.passes = 2
             teacher, cvae = checkpoints.load_recognizer(job["teacher"])[0], checkpoints.load_cvae(job["teacher"])
-            schedule = ReferenceSchedule(self.phase.recognizer, self.phase.cvae, teacher, cvae, device, self.parts)
+            assert isinstance(cvae, ConditionalVAE)
+            schedule = ReferenceSchedule(self.phase.network, self.phase.cvae, teacher, cvae, device, self.parts)
             self.work = lambda batches, number: (
                 schedule.network_pass(batches, 1) if number else schedule.vae_pass(batches)
             )

@@ -14,7 +14,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ..errors import UserError
-from .schema import PHASES, TrainConfig
+from . import PHASES
+from .schema import TrainConfig
 
 
 class _Loader(yaml.SafeLoader):

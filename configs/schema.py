@@ -6,8 +6,6 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-PHASES = ("teacher", "representation", "distill")
-
 # YAML has lists only; the models are hashable, so sequences become tuples.
 _Floats = Annotated[tuple[float, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
 _Positive = Annotated[int, Field(ge=1)]
@@ -114,6 +112,9 @@ class ModelConfig(_Frozen):
     width: Annotated[float, Field(gt=0, le=4)] = Field(1.0, description="factor on all channels, steps of 1/16")
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
     bn_momentum: Annotated[float, Field(gt=0, le=1)] = Field(0.01, description="PyTorch's meaning; 0.01 as published")
+    freeze_bn: Literal["auto", "always", "never"] = Field(
+        "auto", description="batch norm keeps its statistics in training; auto: a detector's that starts from init="
+    )
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
@@ -137,6 +138,10 @@ class LossConfig(_Frozen):
     logits: _NonNegative = Field(1.0, description="method=logits: student against teacher classes")
     temperature: Annotated[float, Field(gt=0)] = Field(4.0, description="method=logits: divides the logits")
     features: _NonNegative = Field(1.0, description="method=features: student against teacher features")
+    segments: _NonNegative = Field(10.0, description="detection: weight of the segments' losses beside the classes'")
+    overlap: _Fraction = Field(0.5, description="detection: IoU from which an anchor's refinement is an action")
+    background: _NonNegative = Field(35.0, description="detection: the background view")
+    triplet: _NonNegative = Field(0.1, description="detection: boundaries of the spliced window")
     attention_transfer: _NonNegative = Field(5.0, description="method=attention-transfer: maps of the features' energy")
 
 
@@ -163,7 +168,9 @@ class KernelsConfig(_Frozen):
     """The fused CUDA kernels of the losses."""
 
     backend: Literal["auto", "cuda", "torch"] = Field(
-        "auto", description="auto: on a GPU, where they compile, else torch; cuda: or fail with the reason; torch"
+        "auto",
+        description="auto: on a GPU, where they compile, else torch; cuda: or fail with the reason, though "
+        "compat=reference's sums over the batch are torch's in any case; torch",
     )
 
 
@@ -181,7 +188,7 @@ class DistillConfig(_Frozen):
 class TrainConfig(_Frozen):
     """Everything that decides a training run."""
 
-    phase: Literal["teacher", "representation", "distill"]
+    phase: Literal["teacher", "representation", "distill", "detect-teacher", "detect-representation", "detect-distill"]
     compat: Literal["none", "reference"] = Field("none", description="reference: what the original code does otherwise")
     alternate: Literal["auto", "step", "epoch"] = Field(
         "auto",
@@ -224,8 +231,12 @@ class TrainConfig(_Frozen):
     def _check(self) -> TrainConfig:
         if self.data.dtype == "uint8":
             raise ValueError("data.dtype=uint8 gives pixels as they are; training takes float32 or float16")
-        if self.teacher and self.phase != "distill":
-            raise ValueError(f"teacher= is for the distill phase; {self.phase} starts from init=")
+        if self.teacher and not self.distills:
+            raise ValueError(f"teacher= is for the distill phases; {self.phase} starts from init=")
+        if self.detects and self.distill.method in ("logits", "features", "attention-transfer"):
+            raise ValueError(f"distill.method={self.distill.method} is for recognition; detection has none of these")
+        if self.detects and self.distill.teacher_cache:
+            raise ValueError("distill.teacher_cache is for recognition; a detector's windows do not come again")
         if (self.patience or self.keep == "best") and not self.eval_every:
             raise ValueError("patience and keep=best need evaluations: set eval_every to 1 or more")
         if self.distill.teacher_cache and not self.data.fixed_views:
@@ -233,10 +244,20 @@ class TrainConfig(_Frozen):
         return self
 
     @property
+    def detects(self) -> bool:
+        """Whether a detector is trained, and no recognizer."""
+        return self.phase.startswith("detect-")
+
+    @property
+    def distills(self) -> bool:
+        """Whether there may be a teacher."""
+        return self.phase.endswith("distill")
+
+    @property
     def passes(self) -> int:
         """Passes over the data in an epoch: 2 where the stages of a phase with a VAE take turns by epoch."""
         by_epoch = self.alternate == "epoch" or (self.alternate == "auto" and self.compat == "reference")
-        has_vae = self.phase == "representation" or (
-            self.phase == "distill" and self.distill.method in ("generative", "generative-only", "attention-only")
+        has_vae = self.phase.endswith("representation") or (
+            self.distills and self.distill.method in ("generative", "generative-only", "attention-only")
         )
         return 2 if by_epoch and has_vae else 1

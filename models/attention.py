@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Group norm of 32 groups, as published; of fewer, of 2 channels at least, where a narrow network needs that."""
+    groups = math.gcd(32, channels)
+    return nn.GroupNorm(groups if channels >= 2 * groups else groups // 2, channels)
 
 
 class AttentionHead(nn.Module):
@@ -20,11 +28,9 @@ class AttentionHead(nn.Module):
         super().__init__()
         self.channels, self.time = channels, time
         hidden = hidden or channels // 2
-        self.reduce = nn.Sequential(
-            nn.Conv3d(channels, hidden, (1, height, width)), nn.GroupNorm(32, hidden), nn.ReLU()
-        )
+        self.reduce = nn.Sequential(nn.Conv3d(channels, hidden, (1, height, width)), group_norm(hidden), nn.ReLU())
         self.conv = nn.Conv1d(hidden, channels, 3, padding=1)
-        self.norm = nn.GroupNorm(32, channels)
+        self.norm = group_norm(channels)
         self.linear = nn.Linear(channels, time)
 
     def forward(self, features: Tensor) -> Tensor:

@@ -20,24 +20,31 @@ from ..configs.schema import DataConfig, ModelConfig
 from ..errors import UserError
 from ..files import write_atomically
 from .cvae import ConditionalVAE
+from .detector import Detector, EndpointVAEs, build_cvaes, detector_shapes
 from .i3d import STRIDE_SPACE, STRIDE_TIME, feature_shape
 from .recognizer import Recognizer, build_cvae
 from .reference import ImportReport, Layout, from_reference, identify, is_torch_file, read_state, without_module
 
-RECOGNIZER_FILE, CVAE_FILE = "recognizer.safetensors", "cvae.safetensors"
+RECOGNIZER_FILE, DETECTOR_FILE, CVAE_FILE = "recognizer.safetensors", "detector.safetensors", "cvae.safetensors"
+NETWORK_FILES = (RECOGNIZER_FILE, DETECTOR_FILE)
 STEM = "backbone.Conv3d_1a_7x7.conv3d.weight"
+_CLASSIFIERS = ("logits.", "pyramid.conf_head.", "pyramid.prop_conf_head.")
 
 log = logging.getLogger(__name__)
 
 __all__ = [
-    "CVAE_FILE", "RECOGNIZER_FILE", "ImportReport", "ModelCard", "card_of_start", "find_weights", "from_reference",
-    "initialize_from", "load_cvae", "load_recognizer", "other_classes", "read_card", "reference_card", "save_weights",
+    "CVAE_FILE", "DETECTOR_FILE", "RECOGNIZER_FILE", "ImportReport", "ModelCard", "card_of_start", "find_weights",
+    "from_reference", "initialize_from", "load_cvae", "load_detector", "load_recognizer", "other_classes", "read_card",
+    "reference_card", "save_weights",
 ]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What it takes to rebuild a recognizer and feed it: stored in the weights' own file."""
+    """What it takes to rebuild a recognizer or a detector and feed it: stored in the weights' own file.
+
+    A detector's first class is the background.
+    """
 
     model: ModelConfig
     classes: tuple[str, ...]
@@ -47,6 +54,12 @@ class ModelCard:
     compat: str
     data: dict[str, Any]
     modality: str = "rgb"
+    task: str = "recognition"
+
+    @property
+    def network(self) -> str:
+        """What the network is called, as a module and as a file."""
+        return "detector" if self.task == "detection" else "recognizer"
 
     @property
     def in_channels(self) -> int:
@@ -55,14 +68,29 @@ class ModelCard:
 
     @property
     def feature_shape(self) -> tuple[int, int, int, int]:
+        """(C,T,H,W) of Mixed_5c."""
         return feature_shape(self.clip_length, self.size, self.model.width)
 
-    def build(self) -> Recognizer:
-        """The recognizer with fresh weights."""
+    @property
+    def shapes(self) -> dict[str, tuple[int, int, int, int]]:
+        """(C,T,H,W) of a detector's endpoints."""
+        return detector_shapes(self.clip_length, self.size, self.model.width)
+
+    def build(self) -> Recognizer | Detector:
+        """The network with fresh weights."""
+        if self.task == "detection":
+            return Detector(
+                self.model, len(self.classes) - 1, self.shapes, self.clip_length, attention=self.attention,
+                compat=self.compat, in_channels=self.in_channels,
+            )  # fmt: skip
         return Recognizer(
             self.model, len(self.classes), self.feature_shape, attention=self.attention, compat=self.compat,
             in_channels=self.in_channels,
         )  # fmt: skip
+
+    def build_cvae(self) -> ConditionalVAE | EndpointVAEs:
+        """The conditional VAE of its features, or the detector's two."""
+        return build_cvaes(self.shapes) if self.task == "detection" else build_cvae(self.feature_shape)
 
     def to_json(self) -> str:
         """One line; read by from_json."""
@@ -76,7 +104,7 @@ class ModelCard:
 
 
 def save_weights(folder: Path, card: ModelCard, modules: dict[str, nn.Module]) -> None:
-    """Writes recognizer.safetensors and, if there is one, cvae.safetensors, each whole or not at all."""
+    """Writes each module as NAME.safetensors, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, module in modules.items():
         state = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
@@ -84,21 +112,24 @@ def save_weights(folder: Path, card: ModelCard, modules: dict[str, nn.Module]) -
         write_atomically(folder / f"{name}.safetensors", data)
 
 
-def find_weights(place: str | Path, file: str = RECOGNIZER_FILE) -> Path:
-    """The weights' file of a run folder, of a folder with weights, or the file itself. Raises UserError.
+def find_weights(place: str | Path, file: str = "") -> Path:
+    """The network's file of a run folder, of a folder with weights, or the file itself. Raises UserError.
 
-    A recognizer's file may have any name; its VAE is looked for beside it.
+    file: another one, beside it, such as its VAE's. A network's file may have any name.
     """
     place = Path(place)
-    if place.is_file() and file == RECOGNIZER_FILE:
+    if place.is_file() and not file:
         return place
     folder = place.parent if place.is_file() else place
-    for path in (folder / "weights" / file, folder / file):
+    files = (file,) if file else NETWORK_FILES
+    for path in (folder / part / name for part in ("weights", "") for name in files):
         if path.is_file():
             return path
     if (place / "config.yaml").is_file():
-        raise UserError(f"{place} has no weights/{file}: that run has not finished, or is of a phase that makes none")
-    raise UserError(f"{place} is neither a training run nor a folder with {file}")
+        raise UserError(
+            f"{place} has no weights/{files[0]}: that run has not finished, or is of a phase that makes none"
+        )
+    raise UserError(f"{place} is neither a training run nor a folder with {files[0]}")
 
 
 def read_card(place: str | Path) -> ModelCard:
@@ -122,20 +153,39 @@ def read_card(place: str | Path) -> ModelCard:
 
 def load_recognizer(place: str | Path) -> tuple[Recognizer, ModelCard]:
     """A recognizer with its stored weights, on the CPU, in eval mode. Raises UserError if they do not fit its card."""
-    card, path = read_card(place), find_weights(place)
-    recognizer = card.build()
-    _load(recognizer, path, "the network that its own model card tells of")
-    return recognizer.eval(), card
+    card = read_card(place)
+    if card.task != "recognition":
+        raise UserError(f"{place} holds a detector; recognition needs the weights of a recognizer")
+    network = _load_network(place, card)
+    assert isinstance(network, Recognizer)
+    return network, card
 
 
-def load_cvae(place: str | Path, card: ModelCard | None = None) -> ConditionalVAE:
-    """The conditional VAE beside a recognizer's weights, on the CPU, in eval mode.
+def load_detector(place: str | Path) -> tuple[Detector, ModelCard]:
+    """A detector with its stored weights, on the CPU, in eval mode. Raises UserError if they do not fit its card."""
+    card = read_card(place)
+    if card.task != "detection":
+        raise UserError(f"{place} holds a recognizer; detection needs the weights of a detect- phase")
+    network = _load_network(place, card)
+    assert isinstance(network, Detector)
+    return network, card
 
-    card: the recognizer's, where it is not there yet. Raises UserError if the two do not fit together.
+
+def _load_network(place: str | Path, card: ModelCard) -> nn.Module:
+    network = card.build()
+    _load(network, find_weights(place), "the network that its own model card tells of")
+    return network.eval()
+
+
+def load_cvae(place: str | Path, card: ModelCard | None = None) -> ConditionalVAE | EndpointVAEs:
+    """The conditional VAE beside a network's weights, on the CPU, in eval mode.
+
+    card: the network's, where it is not there yet. Raises UserError if the two do not fit together.
     """
     path = find_weights(place, CVAE_FILE)
-    cvae = build_cvae((card or read_card(place)).feature_shape)
-    _load(cvae, path, "the recognizer beside it")
+    card = card or read_card(place)
+    cvae = card.build_cvae()
+    _load(cvae, path, f"the {card.network} beside it")
     return cvae.eval()
 
 
@@ -149,12 +199,14 @@ def reference_card(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
 ) -> ModelCard:
-    """The card of an imported module: clips of the size that its attention head or VAE is made for, else 64 x 224 px.
+    """The card of an imported module: clips of the size that its attention head or VAE is made for, else 64 x 224 px,
+    for detection 256 x 96.
 
-    classes: names, "0" to "K-1" if there are none; mean, std: of the channels in 0..1, DataConfig's if not given.
+    classes: names, "0" to "K-1" if there are none, a detector's with the background first; mean, std: of the channels
+    in 0..1, DataConfig's if not given.
     Raises UserError if the clip does not give the features that the module takes, or a number of values is wrong.
     """
-    clip_length = clip_length or (layout.time or 8) * STRIDE_TIME
+    clip_length = clip_length or (layout.time or (32 if layout.detection else 8)) * STRIDE_TIME
     size = size or (layout.height or 7) * STRIDE_SPACE
     _, time, height, width = feature_shape(clip_length, size, 1.0)
     wanted = (layout.time or time, layout.height or height, layout.width or width)
@@ -163,8 +215,9 @@ def reference_card(
             f"clips of {clip_length} frames of {size} px give {time} x {height} x {width} features, this {layout.kind} "
             f"takes {' x '.join(map(str, wanted))}; leave --clip-length and --size out"
         )
-    if classes and len(classes) != layout.num_classes:
-        raise UserError(f"there are {len(classes)} class names, the {layout.kind} has {layout.num_classes} classes")
+    count = layout.num_classes + layout.detection  # the background is a detector's first
+    if classes and len(classes) != count:
+        raise UserError(f"there are {len(classes)} class names, the {layout.kind} has {count} classes")
     prefix, given = "flow_" if layout.in_channels == 2 else "", {"mean": mean, "std": std}
     for name, values in given.items():
         if values is None:
@@ -176,11 +229,18 @@ def reference_card(
                 f"{'positive ' if name == 'std' else ''}values, one for each channel of the {layout.kind}"
             )
     norm = {f"{prefix}{name}": values for name, values in given.items() if values is not None}
-    # The original is tested on the middle 224 of 256 pixels.
-    settings = DataConfig.model_validate({"clip_length": clip_length, "size": size, "eval_scale": 0.875, **norm})
+    # The original is tested on the middle 224 of 256 pixels, its detector on the middle 96 of 112.
+    usual: dict[str, Any] = {"eval_scale": 0.875}
+    if layout.detection:
+        half = (0.5,) * layout.in_channels
+        usual = {"eval_scale": 0.857, "padding": "zero", f"{prefix}mean": half, f"{prefix}std": half}
+    settings = DataConfig.model_validate({"clip_length": clip_length, "size": size, **usual, **norm})
+    names = numbered(count)
+    if layout.detection and names:
+        names = ("Background", *names[1:])
     return ModelCard(
-        layout.config, classes or numbered(layout.num_classes), clip_length, size, layout.attention, compat,
-        settings.model_dump(mode="json"), "flow" if layout.in_channels == 2 else "rgb",
+        layout.config, classes or names, clip_length, size, layout.attention, compat, settings.model_dump(mode="json"),
+        "flow" if layout.in_channels == 2 else "rgb", "detection" if layout.detection else "recognition",
     )  # fmt: skip
 
 
@@ -214,12 +274,12 @@ def other_classes(place: str, stored: tuple[str, ...], own: tuple[str, ...]) -> 
     return True
 
 
-def initialize_from(recognizer: Recognizer, place: str | Path, *, classifier: bool = True) -> list[str]:
-    """Copies weights into a recognizer; returns its modules that keep their fresh weights.
+def initialize_from(network: Recognizer | Detector, place: str | Path, *, classifier: bool = True) -> list[str]:
+    """Copies weights into a network; returns its modules that keep their fresh weights.
 
-    place: what find_weights takes, or a .pt, .pth or .ckpt file that from_reference takes. An attention head that is
-    not there stays fresh, and so does the classifier with classifier=False, for other classes. All else is copied,
-    batch norm's statistics too. Two differences are bridged, and logged:
+    place: what find_weights takes, or a .pt, .pth or .ckpt file that from_reference takes. Attention heads and a
+    detector's pyramid that are not there stay fresh, and so does the classifier with classifier=False, for other
+    classes. All else is copied, batch norm's statistics too. Two differences are bridged, and logged:
 
     - flow from RGB: the first convolution's kernels are averaged over their input channels, for x and for y;
     - top-heavy from full (and between stems): kernels of another temporal extent are summed over time; the paired
@@ -227,7 +287,7 @@ def initialize_from(recognizer: Recognizer, place: str | Path, *, classifier: bo
 
     Raises UserError, naming the key and both shapes, for any other difference.
     """
-    own = recognizer.state_dict()
+    own = network.state_dict()
     if is_torch_file(place):
         with _named(place):
             state = from_reference(read_state(Path(place)))[0].state_dict()
@@ -237,10 +297,12 @@ def initialize_from(recognizer: Recognizer, place: str | Path, *, classifier: bo
     averaged, summed = [], []
     for key, fresh in own.items():
         module = key.split(".")[0]
-        if module == "logits" and not classifier:
+        if key.startswith(_CLASSIFIERS) and not classifier:
             continue
         if key not in state:
-            if module == "attention" and not any(name.startswith("attention.") for name in state):
+            # A detector has an attention head for each endpoint.
+            part = ".".join(key.split(".")[: 2 if isinstance(network, Detector) and module == "attention" else 1])
+            if module in ("attention", "pyramid") and not any(name.startswith(f"{part}.") for name in state):
                 continue
             raise UserError(f"{place} does not fit this model: it has no {key}")
         value = state[key]
@@ -258,7 +320,7 @@ def initialize_from(recognizer: Recognizer, place: str | Path, *, classifier: bo
                 f"{tuple(fresh.shape)} here; use its model.temporal, model.width, data.clip_length and data.size"
             )
         fitted[key] = value
-    recognizer.load_state_dict({**own, **fitted})
+    network.load_state_dict({**own, **fitted})
     if averaged:
         log.info("%s is of RGB: its first convolution was averaged over the channels, for flow's two", place)
     if summed:

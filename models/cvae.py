@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .attention import group_norm
+
 
 class CVAEOutput(NamedTuple):
     """mean and logvar (N,T,C) of the latent, reconstruction (N,C,T,H,W) of the features."""
@@ -22,9 +24,7 @@ class Encoder(nn.Module):
 
     def __init__(self, channels: int, height: int, width: int):
         super().__init__()
-        self.conv = nn.Sequential(
-            nn.Conv3d(channels, channels, (1, height, width)), nn.GroupNorm(32, channels), nn.ReLU()
-        )
+        self.conv = nn.Sequential(nn.Conv3d(channels, channels, (1, height, width)), group_norm(channels), nn.ReLU())
         self.mlp = _mlp(2 * channels, channels, 2 * channels)
 
     def forward(self, features: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,7 +40,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.mlp = _mlp(2 * channels, channels, channels)
         self.deconv = nn.Sequential(
-            nn.ConvTranspose3d(channels, channels, (1, height, width)), nn.GroupNorm(32, channels), nn.ReLU()
+            nn.ConvTranspose3d(channels, channels, (1, height, width)), group_norm(channels), nn.ReLU()
         )
 
     def forward(self, latent: Tensor, attention: Tensor) -> Tensor:

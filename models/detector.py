@@ -8,7 +8,7 @@ two configs.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,8 @@ from ..configs.schema import ModelConfig
 from ..errors import UserError
 from ..kernels.attention_kd import foreground
 from ..kernels.boundary_max_pool import boundary_max_pool
-from .attention import AttentionHead
+from .attention import AttentionHead, group_norm
+from .cvae import ConditionalVAE, CVAEOutput
 from .i3d import I3D, STRIDE_SPACE, STRIDE_TIME, feature_shape, same_padding
 from .recognizer import build_cvae
 
@@ -50,6 +51,13 @@ class DetectorOutput(NamedTuple):
     end_conf_prop: Tensor
 
 
+class Represented(NamedTuple):
+    """Both endpoints' features (N,C,T,H,W) and attention (N,C,T), None without attention heads."""
+
+    features: Features
+    attention: Features | None
+
+
 class Conv1dSame(nn.Module):
     """Convolution over time with SAME padding."""
 
@@ -64,7 +72,7 @@ class Conv1dSame(nn.Module):
 
 
 def _block(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(Conv1dSame(inputs, outputs, kernel, stride), nn.GroupNorm(32, outputs), nn.ReLU())
+    return nn.Sequential(Conv1dSame(inputs, outputs, kernel, stride), group_norm(outputs), nn.ReLU())
 
 
 class ScaleExp(nn.Module):
@@ -113,7 +121,7 @@ class Pyramid(nn.Module):
         hidden = round(512 * width)
         self.levels = nn.ModuleList()
         for count, size in zip(channels, sizes, strict=True):
-            self.levels.append(nn.Sequential(nn.Conv3d(count, hidden, (1, *size)), nn.GroupNorm(32, hidden), nn.ReLU()))
+            self.levels.append(nn.Sequential(nn.Conv3d(count, hidden, (1, *size)), group_norm(hidden), nn.ReLU()))
         for _ in range(LEVELS - 2):
             self.levels.append(_block(hidden, hidden, 3, 2))
         self.loc_tower = nn.Sequential(_block(hidden, hidden, 3), _block(hidden, hidden, 3))
@@ -149,6 +157,11 @@ class Pyramid(nn.Module):
         start, end = (half.transpose(1, 2) for half in frames.chunk(2, 1))
         loc, conf, prop_loc, prop_conf, center = (torch.cat(values, 1) for values in zip(*found, strict=True))
         return DetectorOutput(loc, conf, prop_loc, prop_conf, center, torch.cat(priors), start, end, *sides)
+
+    def confidence(self, features: Features) -> Tensor:
+        """conf (N,A,K+1) alone."""
+        found = [self.conf_head(self.conf_tower(level)).transpose(1, 2) for level in self._levels(features)]
+        return torch.cat(found, 1)
 
     def boundary_features(self, features: Features) -> list[Tensor]:
         """What boundaries are pooled from: of frames (N,C,T), and of both branches at the finest level (N,2C,T/4)."""
@@ -197,14 +210,14 @@ def _around(start: Tensor, end: Tensor, length: Tensor) -> Tensor:
 class Detector(nn.Module):
     """Clips (N,in_channels,T,H,W) -> DetectorOutput for num_classes actions.
 
-    shapes: (C,T,H,W) of each endpoint, from detector_shapes. The pyramid sees the foreground of both endpoints,
-    F*a*r with a sample's r = sum F / sum(F*a); compat "reference" divides F*a by the sum of a over the batch.
+    shapes: (C,T,H,W) of each endpoint, from detector_shapes. With attention the pyramid sees the foreground of both
+    endpoints, F*a*r with a sample's r = sum F / sum(F*a); compat "reference" divides F*a by the batch's sum of a.
     forward raises ValueError for clips of another shape than the detector was built for.
     """
 
     def __init__(
         self, config: ModelConfig, num_classes: int, shapes: dict[str, tuple[int, int, int, int]], clip_length: int, *,
-        compat: str = "none", in_channels: int = 3,
+        attention: bool = True, compat: str = "none", in_channels: int = 3,
     ):  # fmt: skip
         super().__init__()
         self.compat, self.in_channels, self.shapes, self.clip_length = compat, in_channels, shapes, clip_length
@@ -213,16 +226,20 @@ class Detector(nn.Module):
             bn_momentum=config.bn_momentum, endpoints=ENDPOINTS,
         )  # fmt: skip
         hidden = round(512 * config.width)
-        self.attention = nn.ModuleDict({name: AttentionHead(*shapes[name], hidden=hidden) for name in ENDPOINTS})
+        heads = {name: AttentionHead(*shapes[name], hidden=hidden) for name in ENDPOINTS}
+        self.attention = nn.ModuleDict(heads) if attention else None
         (fine, _, *fine_size), (coarse, _, *coarse_size) = (shapes[name] for name in ENDPOINTS)
         sizes = (tuple(fine_size), tuple(coarse_size))
         self.pyramid = Pyramid((fine, coarse), sizes, num_classes, clip_length, config.width)  # type: ignore[arg-type]
         _initialize(self)
 
-    def forward(self, clips: Tensor, *, attend: bool = True) -> DetectorOutput:
-        """attend=False: the pyramid sees the features as they are."""
+    def forward(self, clips: Tensor, *, attend: bool = True, detect: bool = True) -> DetectorOutput | Represented:
+        """attend=False: the pyramid sees the features as they are. detect=False: what there is before the pyramid."""
         features = self.represent(clips)
-        return self.pyramid(self.foreground(features, self.attend(features)) if attend else features)
+        attention = self.attend(features) if self.attention is not None and (attend or not detect) else None
+        if not detect:
+            return Represented(features, attention)
+        return self.pyramid(features if attention is None else self.foreground(features, attention))
 
     def represent(self, clips: Tensor) -> Features:
         """The backbone's features of both endpoints."""
@@ -236,6 +253,7 @@ class Detector(nn.Module):
 
     def attend(self, features: Features) -> Features:
         """Attention (N,C,T) of both endpoints' features (N,C,T,H,W)."""
+        assert self.attention is not None
         return {name: self.attention[name](features[name]) for name in ENDPOINTS}
 
     def foreground(self, features: Features, attention: Features) -> Features:
@@ -279,9 +297,21 @@ def detector_shapes(clip_length: int, size: int, width: float) -> dict[str, tupl
     return {COARSE: coarse, FINE: (round(832 * width), 2 * coarse[1], side, side)}
 
 
-def build_cvaes(shapes: dict[str, tuple[int, int, int, int]]) -> nn.ModuleDict:
-    """A conditional VAE for each endpoint's features, of (C,T,H,W)."""
-    return nn.ModuleDict({name: build_cvae(shapes[name]) for name in ENDPOINTS})
+class EndpointVAEs(nn.ModuleDict):
+    """A ConditionalVAE for each endpoint; called with features, attention and noise by endpoint."""
+
+    def forward(self, features: Features, attention: Features, noise: Features) -> dict[str, CVAEOutput]:
+        return {name: vae(features[name], attention[name], noise[name]) for name, vae in self.items()}
+
+    def decode_frozen(self, attention: Features, noise: Features) -> Features:
+        """ConditionalVAE.decode_frozen of each endpoint."""
+        vaes = {name: cast(ConditionalVAE, vae) for name, vae in self.items()}
+        return {name: vae.decode_frozen(attention[name], noise[name]) for name, vae in vaes.items()}
+
+
+def build_cvaes(shapes: dict[str, tuple[int, int, int, int]]) -> EndpointVAEs:
+    """Conditional VAEs for features of (C,T,H,W) by endpoint."""
+    return EndpointVAEs({name: build_cvae(shapes[name]) for name in ENDPOINTS})
 
 
 def _initialize(module: nn.Module) -> None:

@@ -6,7 +6,17 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from ..errors import UserError, explain_os_error
-from .checkpoints import CVAE_FILE, RECOGNIZER_FILE, ModelCard, load_cvae, read_card, reference_card, save_weights
+from .checkpoints import (
+    CVAE_FILE,
+    DETECTOR_FILE,
+    NETWORK_FILES,
+    RECOGNIZER_FILE,
+    ModelCard,
+    load_cvae,
+    read_card,
+    reference_card,
+    save_weights,
+)
 from .reference import ImportReport, from_reference, identify, read_state, without_module
 
 
@@ -33,10 +43,10 @@ def import_weights(
 ) -> Imported:
     """Writes the module that from_reference finds in a file into the folder out, as genkd's own weights.
 
-    A network becomes recognizer.safetensors, a VAE cvae.safetensors; a pair may come into one folder in either order,
-    and the VAE's card is then the network's. The settings are reference_card's. Raises UserError for a file that is
-    neither, settings that do not fit it, a pair that does not fit together, and, without force, for a file that is
-    there already.
+    A network becomes recognizer.safetensors or detector.safetensors, a VAE cvae.safetensors; a pair may come into one
+    folder in either order, and the VAE's card is then the network's. The settings are reference_card's. Raises
+    UserError for a file that is neither, settings that do not fit it, a pair that does not fit together, and, without
+    force, for a file that is there already.
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; name a folder to import into")
@@ -45,9 +55,7 @@ def import_weights(
     state = without_module(read_state(file))
     try:
         layout = identify(state)
-        if layout.detection:
-            raise UserError(f"these are weights of {layout.named}; models.checkpoints.from_reference loads them")
-        path = out / (CVAE_FILE if layout.cvae else RECOGNIZER_FILE)
+        path = out / (CVAE_FILE if layout.cvae else DETECTOR_FILE if layout.detection else RECOGNIZER_FILE)
         if path.exists() and not force:
             raise UserError(f"{path} exists; import into another folder, or write over it with --force")
         if layout.cvae and (classes or mean or std):
@@ -71,13 +79,16 @@ def import_weights(
 
 
 def _partner(out: Path, vae: ModelCard) -> ModelCard | None:
-    """The card of the recognizer that the folder holds already."""
-    if not (out / RECOGNIZER_FILE).exists():
+    """The card of the network that the folder holds already."""
+    own_file = next((out / name for name in NETWORK_FILES if (out / name).exists()), None)
+    if own_file is None:
         return None
     card = read_card(out)
+    if card.task != vae.task:
+        raise UserError(f"{own_file} is for {card.task}, the CVAE for {vae.task}; use another folder")
     if (theirs := card.feature_shape[2:]) != (own := vae.feature_shape[2:]):
         raise UserError(
-            f"{out / RECOGNIZER_FILE} makes {theirs[0]} x {theirs[1]} features, the CVAE wants {own[0]} x {own[1]}; "
+            f"{own_file} makes {theirs[0]} x {theirs[1]} features, the CVAE wants {own[0]} x {own[1]}; "
             "use another folder"
         )
     return card

@@ -56,6 +56,7 @@ class Windows:
     spliced: clips with a stretch of background moved into an action, flow_spliced the same of the flow; segments:
     (N,3,2) float32, the action's first part, its second part and the stretch, in frames; has_splice: (N,) bool, false
     where nothing could be moved: the clip is then unchanged and its segments are 0. All but offsets on the device.
+    with_splice: the numbers of the samples that have one, known without asking the device.
     """
 
     offsets: torch.Tensor
@@ -65,6 +66,7 @@ class Windows:
     flow_spliced: torch.Tensor | None = None
     segments: torch.Tensor | None = None
     has_splice: torch.Tensor | None = None
+    with_splice: tuple[int, ...] = ()
 
 
 class Loader:
@@ -323,6 +325,7 @@ class Loader:
             flow[0] if flow else None,
             torch.from_numpy(segments).to(self.device),
             torch.from_numpy(has_splice).to(self.device),
+            tuple(np.flatnonzero(has_splice).tolist()),
         )
 
     def _go_to(self, epoch: int, batch: int) -> None:

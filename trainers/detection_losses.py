@@ -37,9 +37,11 @@ class Matched(NamedTuple):
 
 
 def targets_of(actions: Sequence[Tensor], clip_length: int) -> Targets:
-    """actions: N tensors (M,3), start and end in frames of the window, then the label, from 0 on."""
-    padded = torch.nn.utils.rnn.pad_sequence(list(actions), batch_first=True, padding_value=-1.0)
-    return Targets(padded[..., :2] / clip_length, padded[..., 2].long() + 1)
+    """actions: N tensors (M,3), start and end in frames of the window, then the label, from 1 on: 0 is background."""
+    padded = torch.nn.utils.rnn.pad_sequence(list(actions), batch_first=True)
+    if not padded.shape[1]:  # no action in any window: one place, of padding
+        padded = padded.new_zeros((len(actions), 1, 3))
+    return Targets(padded[..., :2] / clip_length, padded[..., 2].long())
 
 
 def match(output: DetectorOutput, targets: Targets, clip_length: int, overlap: float) -> Matched:
@@ -99,12 +101,12 @@ def focal(logits: Tensor, labels: Tensor, *, alpha: float = 0.25, gamma: float =
     return -torch.where(labels == 0, alpha, 1 - alpha) * (1 - chance).pow(gamma) * chance.log()
 
 
-def background(output: DetectorOutput, *, compat: str = "none") -> Tensor:
-    """Focal loss of the background view: every anchor is background. The mean over anchors.
+def background(conf: Tensor, *, compat: str = "none") -> Tensor:
+    """Focal loss of the background view's conf (N,A,K+1): every anchor is background. The mean over anchors.
 
     compat "reference" sums over a batch's anchors, as the original does for its batches of one.
     """
-    values = focal(output.conf, torch.zeros(output.conf.shape[:2], dtype=torch.int64, device=output.conf.device))
+    values = focal(conf, torch.zeros(conf.shape[:2], dtype=torch.int64, device=conf.device))
     return values.sum() if compat == "reference" else values.mean()
 
 

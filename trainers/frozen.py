@@ -40,7 +40,7 @@ class FrozenTeacher:
             )
         self.recognizer, self.card = checkpoints.load_recognizer(self.place)
         self.method, self.config = method, config
-        self._check(student)
+        refuse_unfit(f"teacher={self.place}", self.card, student, attention="attention" in method.teacher)
         files = [checkpoints.find_weights(self.place)]
         if method.follows_vae:
             files.append(checkpoints.find_weights(self.place, checkpoints.CVAE_FILE))
@@ -99,23 +99,61 @@ class FrozenTeacher:
         found = {"logits": output.logits, "features": output.features[ENDPOINT], "attention": output.attention}
         return {name: found[name].clone() for name in wanted}
 
-    def _check(self, student: checkpoints.ModelCard) -> None:
-        place, own = f"teacher={self.place}", self.card
-        if "attention" in self.method.teacher and not own.attention:
-            raise UserError(f"{place} has no attention head; use the run of the representation phase")
-        if checkpoints.other_classes(place, own.classes, student.classes):
-            raise UserError(f"{place} was trained on {len(own.classes)} other classes than the data set's")
-        if (own.clip_length, own.size) != (student.clip_length, student.size):
+
+class FrozenDetector:
+    """A trained detector, and its conditional VAEs where the method follows them; as FrozenTeacher."""
+
+    def __init__(self, config: TrainConfig, student: checkpoints.ModelCard, method: Method):
+        self.place = config.teacher
+        if not self.place:
             raise UserError(
-                f"{place} takes {own.clip_length} frames of {own.size} px, this student {student.clip_length} of "
-                f"{student.size} px; set data.clip_length and data.size to the teacher's"
+                f"method {config.distill.method} of the detect-distill phase needs teacher=RUN, the folder of a "
+                "finished detect-representation run"
             )
-        same_preprocessing(place, own, student)
-        if own.feature_shape != student.feature_shape:
-            raise UserError(
-                f"teacher and student differ at {ENDPOINT}: (C,T,H,W) {own.feature_shape} and "
-                f"{student.feature_shape}; set model.width={own.model.width}"
-            )
+        self.detector, self.card = checkpoints.load_detector(self.place)
+        refuse_unfit(f"teacher={self.place}", self.card, student, attention="attention" in method.teacher)
+        files = [checkpoints.find_weights(self.place)]
+        self.modules: dict[str, nn.Module] = {"teacher": self.detector}
+        if method.follows_vae:
+            files.append(checkpoints.find_weights(self.place, checkpoints.CVAE_FILE))
+            self.modules["teacher_cvae"] = checkpoints.load_cvae(self.place)
+        self.digest = " ".join(sha256_of(path) for path in files)
+        fold_batch_norm(self.detector)
+        for module in self.modules.values():
+            module.requires_grad_(False)
+
+    def attention(self, clips: Tensor) -> dict[str, Tensor]:
+        """Its attention (N,C,T) for clips, by endpoint, without gradients."""
+        with torch.inference_mode():
+            found = self.detector(clips, detect=False).attention
+        return {name: value.clone() for name, value in found.items()}
+
+    def reconstruct(
+        self, features: dict[str, Tensor], attention: dict[str, Tensor], noise: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Its VAEs' reconstructions of the student's features, by endpoint, without gradients."""
+        with torch.inference_mode():
+            found = self.modules["teacher_cvae"](features, attention, noise)
+        return {name: output.reconstruction.clone() for name, output in found.items()}
+
+
+def refuse_unfit(place: str, own: checkpoints.ModelCard, student: checkpoints.ModelCard, *, attention: bool) -> None:
+    """Raises UserError for a teacher that does not fit its student. attention: whether its attention is followed."""
+    if attention and not own.attention:
+        raise UserError(f"{place} has no attention head; use the run of the representation phase")
+    if checkpoints.other_classes(place, own.classes, student.classes):
+        raise UserError(f"{place} was trained on {len(own.classes)} other classes than the data set's")
+    if (own.clip_length, own.size) != (student.clip_length, student.size):
+        raise UserError(
+            f"{place} takes {own.clip_length} frames of {own.size} px, this student {student.clip_length} of "
+            f"{student.size} px; set data.clip_length and data.size to the teacher's"
+        )
+    same_preprocessing(place, own, student)
+    if own.feature_shape != student.feature_shape:
+        raise UserError(
+            f"teacher and student differ at {ENDPOINT}: (C,T,H,W) {own.feature_shape} and "
+            f"{student.feature_shape}; set model.width={own.model.width}"
+        )
 
 
 def same_preprocessing(

@@ -16,7 +16,7 @@ import torch
 from ..configs import load as configs
 from ..configs.schema import TrainConfig
 from ..errors import Stopped, UserError, explain_os_error
-from ..evaluation import recognition
+from ..evaluation import detect, recognition
 from ..evaluation.metrics import NotFinite
 from ..files import locked, remove_leftovers, write_atomically, write_json
 from ..kernels import backend
@@ -39,6 +39,7 @@ _FREE_KEYS = (
     "keep_checkpoints",
     "tensorboard",
     "distill.teacher_cache",
+    "kernels.backend",
     "data.decoder_threads",
     "data.pipelines_per_gpu",
     "data.prefetch",
@@ -63,7 +64,7 @@ def train(config: TrainConfig, run: Path, say: Callable[[str], None] = print) ->
     if config.eval_every and config.data.eval_split in dataset.info["splits"]:
         splits.append(config.data.eval_split)
     for split in splits:
-        recognition.require_classes(dataset, split)
+        (detect.require_actions if config.detects else recognition.require_classes)(dataset, split)
     with ranks(config.device) as place, backend.selected(config.kernels.backend):
         backend.require(config.kernels.backend, place.device.type)
         torch.set_float32_matmul_precision("high")
@@ -103,11 +104,16 @@ class _Trainer:
         if config.distill.teacher_cache and phase.teacher is not None:
             folder, digest = Path(config.distill.teacher_cache), dataset.info["index_digest"]
             phase.teacher.remember(folder, digest, self.loader.rows, self.stepper.dtype)
-        self.meter, self.selection = Meter(place), Selection(config.patience)
+        self.meter, self.selection = Meter(place), Selection(config.patience, self.metric)
         self.step, self.unevaluated = 0, 0
         self.total_steps = config.epochs * config.passes * len(self.loader)
         self._clips, self._waited = 0, 0.0
         self._stats: dict[str, float] = {}
+
+    @property
+    def metric(self) -> str:
+        """What the best weights are chosen by."""
+        return "map" if self.config.detects else "top1"
 
     def fit(self) -> dict[str, Any]:
         """Trains to the last epoch and writes weights and result.json."""
@@ -140,7 +146,7 @@ class _Trainer:
     def log(self, metrics: MetricsLog | None, epoch: int) -> None:
         """Losses and speed since the last log step; stops a run that has diverged."""
         values = self._finite(self.meter.take)
-        values["lr"] = self.stepper.optimizers["recognizer"].param_groups[0]["lr"]
+        values["lr"] = self.stepper.optimizers[self.phase.card.network].param_groups[0]["lr"]
         waited = self.loader.meter.wait_s
         values |= self.clock.read(self.step, self._clips, waited - self._waited)
         self._clips, self._waited = 0, waited
@@ -161,20 +167,24 @@ class _Trainer:
     def evaluate(self, metrics: MetricsLog | None, epoch: int) -> None:
         """Scores the evaluation split and keeps in a checkpoint that this was done."""
         assert self.eval_loader is not None
-        model = self.stepper.results["recognizer"]
+        model = self.stepper.results[self.phase.card.network]
         self.place.same_buffers(model)
+        split = self.config.data.eval_split
         try:
-            result = recognition.evaluate(model, self.eval_loader, self.place, self.stepper.dtype)
+            if self.config.detects:
+                values = detect.evaluate(model, self.eval_loader, self.place, split, self.stepper.dtype)
+            else:
+                result = recognition.evaluate(model, self.eval_loader, self.place, self.stepper.dtype)
+                values = {"top1": result.top1, "top5": result.top5, "loss": result.loss}
         except NotFinite as problem:
             # The losses did not show it yet. The checkpoint of this step would only lead here again.
             self.place.on_main(lambda: checkpoint.set_aside(self.run / "checkpoints", self.step))
             raise self._diverged(f"by step {self.step}: {str(problem).split(';')[0]}") from None
         if metrics:
-            values = {"epoch": epoch, "top1": result.top1, "top5": result.top5, "loss": result.loss}
-            metrics.write("eval", self.step, values)
-            split = self.config.data.eval_split
-            self.say(f"epoch {epoch}/{self.config.epochs}  {split}: top-1 {100 * result.top1:.1f} %")
-        if self.selection.take(epoch, result.top1, result.loss):
+            metrics.write("eval", self.step, {"epoch": epoch, **values})
+            named = "mAP" if self.config.detects else "top-1"
+            self.say(f"epoch {epoch}/{self.config.epochs}  {split}: {named} {100 * values[self.metric]:.1f} %")
+        if self.selection.take(epoch, values[self.metric], values.get("loss", 0.0)):
 
             def keep() -> None:
                 weights.save_weights(self.run / "best", self.phase.card, self.stepper.results)
@@ -246,7 +256,7 @@ class _Trainer:
             "weights": str(self.run / "weights"), "best": self.selection.best,
         }  # fmt: skip
         if epochs < self.config.epochs and self.place.is_main:
-            self.say(f"ended after epoch {epochs}: no better top-1 for {self.config.patience} evaluations")
+            self.say(f"ended after epoch {epochs}: no better {self.metric} for {self.config.patience} evaluations")
 
         def write() -> None:
             if self.config.keep == "best":
@@ -271,7 +281,8 @@ class _Trainer:
         config, place = self.config, self.place
         return Loader(
             self.dataset, split, config.data, batch_size=config.batch_size, training=training, seed=config.seed,
-            rank=place.rank, world_size=place.world_size, device=place.device, views=(config.data.eval_clips, 1),
+            rank=place.rank, world_size=place.world_size, device=place.device,
+            views=(1, 1) if config.detects else (config.data.eval_clips, 1), detection=config.detects,
         )  # fmt: skip
 
     def _evaluates(self, epoch: int) -> bool:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ..configs.schema import LossConfig
 from ..kernels import generative_kd
+from ..kernels.attention_kd import attention_kd
 from ..kernels.generative_kd import kl_to_attention
 
 __all__ = ["Terms", "classification", "distillation", "generative", "kl_to_attention", "reconstruction_weight", "weigh"]
@@ -65,8 +66,9 @@ def distillation(
 
     features are not detached: they too move towards what the generative model expects.
     """
-    att = None if teacher_attention is None else _mse(attention, teacher_attention)
-    return weigh(config, class_loss, epoch, _mse(reconstruction, features), att)
+    found = attention_kd(features, attention, teacher_attention, reconstruction)
+    assert found.reconstruction_loss is not None
+    return weigh(config, class_loss, epoch, found.reconstruction_loss, found.attention_loss)
 
 
 def weigh(config: LossConfig, class_loss: Tensor, epoch: int, rec: Tensor, att: Tensor | None) -> Terms:
@@ -84,7 +86,3 @@ def weigh(config: LossConfig, class_loss: Tensor, epoch: int, rec: Tensor, att: 
 def reconstruction_weight(config: LossConfig, epoch: int) -> float:
     """w of stage B in an epoch, counted from 1."""
     return config.reconstruction * min(epoch, config.reconstruction_ramp) / config.reconstruction_ramp
-
-
-def _mse(a: Tensor, b: Tensor) -> Tensor:
-    return F.mse_loss(a.float(), b.float())

@@ -48,7 +48,7 @@ class Stepper:
         if self.dtype == torch.float32:
             batch = dataclasses.replace(batch, clips=batch.clips.float())
         own = step - (draw - draw // passes) * self.steps_per_pass  # steps of a module's own, before this one
-        only = None if passes == 1 else ("cvae", "recognizer")[draw % passes]
+        only = None if passes == 1 else ("cvae", self.phase.card.network)[draw % passes]
         stages = self.phase.stages(batch, Turn(draw // passes + 1, draw, self._noise(batch, draw), only))
         while True:
             with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
@@ -77,12 +77,20 @@ class Stepper:
     def _noise(self, batch: Batch, draw: int) -> Noise | None:
         if "cvae" not in self.phase.modules:
             return None
-        channels, time, _, _ = self.phase.card.feature_shape
+        card, ids = self.phase.card, batch.ids
 
-        def drawn(number: int) -> Tensor:
-            values = plan.noise(self.config.seed, draw + 1, batch.ids.tolist(), (time, channels), number)
+        def of(shape: tuple[int, int, int, int], number: int) -> Tensor:
+            channels, time, _, _ = shape
+            values = plan.noise(self.config.seed, draw + 1, ids.tolist(), (time, channels), number)
             return torch.from_numpy(values).to(self.place.device, non_blocking=True)
 
+        def drawn(number: int) -> Tensor | dict[str, Tensor]:
+            if card.task != "detection":
+                return of(card.feature_shape, number)
+            return {name: of(shape, number + 3 * place) for place, (name, shape) in enumerate(card.shapes.items())}
+
+        if batch.windows is not None:  # each window of a video has its own
+            ids = ids * 2**20 + batch.windows.offsets
         # One noise for all three says where student and teacher differ; the original draws each anew.
         first = drawn(0)
         return Noise(first, drawn(1), drawn(2)) if self.config.compat == "reference" else Noise(first, first, first)

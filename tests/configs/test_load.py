@@ -1,8 +1,8 @@
 import pytest
 from pydantic import ValidationError
 
+from genkd.configs import PHASES
 from genkd.configs.load import differences, dump, load, presets, read_run
-from genkd.configs.schema import PHASES
 from genkd.errors import UserError
 
 
@@ -14,19 +14,36 @@ def write(path, text):
 FULL = [
     f"{data}{flow}{recipe}" for data in ("ucf101", "hmdb51") for flow in ("", "-flow") for recipe in ("", "-modern")
 ]
+DETECTION = ["detect-demo", "thumos14", "thumos14-flow"]
 
 
-@pytest.mark.parametrize("preset", ["demo", "small", *FULL])
+@pytest.mark.parametrize("preset", ["demo", "small", *FULL, *DETECTION])
 @pytest.mark.parametrize("phase", PHASES)
 def test_every_preset_is_valid_in_every_phase(preset, phase):
     assert preset in presets()
     config = load(preset, phase)
     assert config.phase == phase
-    assert config.model.temporal == ("top_heavy" if phase == "distill" else "full")
+    students = "detect-distill" if preset in DETECTION else "distill"
+    assert config.model.temporal == ("top_heavy" if phase == students else "full")
 
 
 def test_there_is_a_test_for_every_preset():
-    assert set(presets()) == {"demo", "small", *FULL}
+    assert set(presets()) == {"demo", "small", *FULL, *DETECTION}
+
+
+def test_the_detection_presets_have_the_originals_hyper_parameters():
+    """From its detection configurations and training script: windows of 256 frames of 96 of 112 px, every 30 frames and
+    in tests every 128, batches of 1, Adam at 1e-6 (flow 1e-5) and 1e-3, 50 epochs (flow 20), pixels from -1 to 1, lw 10,
+    ssl 0.1, IoU 0.5, beta 10, background 35."""
+    rgb, flow = load("thumos14", "detect-distill"), load("thumos14-flow", "detect-distill")
+    assert (rgb.batch_size, rgb.epochs, rgb.optimizer.lr, rgb.optimizer.weight_decay) == (1, 50, 1e-6, 1e-3)
+    assert (flow.epochs, flow.optimizer.lr) == (20, 1e-5)
+    assert (rgb.cvae_optimizer.lr, rgb.cvae_optimizer.betas) == (1e-4, (0.8, 0.999))
+    data, loss = rgb.data, rgb.loss
+    assert (data.clip_length, data.size, data.window_stride, data.eval_window_stride) == (256, 96, 30, 128)
+    assert (data.mean, data.std, data.flow_mean, data.flow_std) == ((0.5,) * 3, (0.5,) * 3, (0.5,) * 2, (0.5,) * 2)
+    assert data.scales == pytest.approx([96 / 112], abs=1e-3) and data.eval_scale == pytest.approx(96 / 112, abs=1e-3)
+    assert (loss.segments, loss.triplet, loss.overlap, loss.attention, loss.background) == (10, 0.1, 0.5, 10, 35)
 
 
 @pytest.mark.parametrize("name", ["ucf101", "hmdb51"])

@@ -149,18 +149,21 @@ static void run_block() {
     fiber.state = READY, fiber.odd = false;
     makecontext(&fiber.context, thread_main, 0);
   }
+  const unsigned warps = (threads + 31) / 32;
   while (!problem) {
-    bool ran = false;
-    for (unsigned i = 0; i < threads; i++) {
-      if (fibers[i].state != READY) continue;
-      ran = true;
-      threadIdx.x = i;
-      swapcontext(&scheduler, &fibers[i].context);
+    // A warp runs as far as it can before the next begins, the last one first in every other block: what a barrier
+    // should keep apart would meet.
+    for (unsigned turn = 0; turn < warps; turn++) {
+      const unsigned first = 32 * (blockIdx.x % 2 ? warps - 1 - turn : turn), last = min(first + 32, threads);
+      do {
+        for (unsigned i = first; i < last; i++) {
+          if (fibers[i].state != READY) continue;
+          threadIdx.x = i;
+          swapcontext(&scheduler, &fibers[i].context);
+        }
+      } while (release(first, last, AT_SHUFFLE) && !problem);
     }
-    if (ran) continue;
-    bool let_go = false;
-    for (unsigned warp = 0; warp < threads; warp += 32) let_go |= release(warp, min(warp + 32, threads), AT_SHUFFLE);
-    if (let_go || release(0, threads, AT_BARRIER)) continue;
+    if (release(0, threads, AT_BARRIER)) continue;
     for (unsigned i = 0; i < threads; i++)
       if (fibers[i].state != DONE) problem = "threads wait at different places";
     return;

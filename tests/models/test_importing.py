@@ -140,6 +140,24 @@ def test_detection_weights_are_told_apart(reference, name):
         assert (layout.num_classes, layout.time, layout.height) == (20, 32, 3)
 
 
+@pytest.mark.slow
+def test_a_detector_and_its_cvae_are_imported(reference, tmp_path):
+    """Weights of zeros: what counts is where they go and what their card says."""
+    for name in ("detection_student", "detection_cvae_student"):
+        entries = json.loads((reference / "keys" / f"{name}.json").read_text())
+        state = {key: torch.zeros(shape, dtype=getattr(torch, dtype)) for key, shape, dtype in entries}
+        torch.save(state, tmp_path / f"{name}.ckpt")
+        done = import_weights(tmp_path / f"{name}.ckpt", tmp_path / "out")
+        (tmp_path / f"{name}.ckpt").unlink()
+    assert done.report.kind == "detection cvae" and done.card.task == "detection"
+    detector, card = checkpoints.load_detector(tmp_path / "out")
+    assert (card.clip_length, card.size, card.classes[:3]) == (256, 96, ("Background", "1", "2"))
+    assert len(card.classes) == 21 and card.data["mean"] == [0.5] * 3 and not detector.training
+    assert set(checkpoints.load_cvae(tmp_path / "out").keys()) == {"Mixed_4f", "Mixed_5c"}
+    with pytest.raises(UserError, match="holds a detector; recognition needs the weights of a recognizer"):
+        checkpoints.load_recognizer(tmp_path / "out")
+
+
 def test_modules_that_are_not_whole_are_refused_by_their_keys():
     state = network(temporal="top_heavy")[1]
     conv = "backbone._model.Mixed_3b.b0.conv3d.weight"
@@ -315,7 +333,7 @@ def test_training_starts_from_a_file_itself(tmp_path, teacher_file, cvae_file):
     overrides = ["data.clip_length=16", "data.size=32"]
 
     def start(place, classes=("a", "b"), *more):
-        return phases.build(load("ucf101", "representation", [f"init={place}", *overrides, *more]), classes).recognizer
+        return phases.build(load("ucf101", "representation", [f"init={place}", *overrides, *more]), classes).network
 
     begun = start(tmp_path / "rgb_imagenet.pt")
     assert torch.equal(begun.backbone.Mixed_5c.b0.conv3d.weight, source.backbone.Mixed_5c.b0.conv3d.weight)

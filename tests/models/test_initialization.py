@@ -133,8 +133,8 @@ def start(place, classes=CLASSES, phase="representation", modality=None, **overr
     }  # fmt: skip
     config = load("demo", phase, [f"{key}={value}" for key, value in values.items()])
     if modality:
-        return phases.Phase(config, classes, modality).recognizer
-    return phases.build(config, classes).recognizer
+        return phases.Phase(config, classes, modality).network
+    return phases.build(config, classes).network
 
 
 def test_other_classes_are_pretraining_and_the_classifier_stays_fresh(tmp_path, caplog):

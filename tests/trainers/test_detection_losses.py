@@ -28,9 +28,8 @@ def output_of(arrays):
 
 
 def actions_of(*targets, clip_length=256):
-    """Shares of the clip and labels from 1 on -> frames and labels from 0 on, as the loader gives them."""
-    scale = torch.tensor([clip_length, clip_length, 1.0])
-    return [target * scale - torch.tensor([0.0, 0.0, 1.0]) for target in targets]
+    """Shares of the clip -> frames, as the loader gives them."""
+    return [target * torch.tensor([clip_length, clip_length, 1.0]) for target in targets]
 
 
 def test_losses_and_gradients_are_the_originals(arrays):
@@ -44,7 +43,7 @@ def test_losses_and_gradients_are_the_originals(arrays):
         want = arrays[f"grad_{name}"]
         assert (leaf.grad - want).abs().max() <= 1e-5 * want.abs().max(), name
     want = arrays["losses_background"]
-    torch.testing.assert_close(losses.background(output, compat="reference"), want[1], rtol=1e-5, atol=0)
+    torch.testing.assert_close(losses.background(output.conf, compat="reference"), want[1], rtol=1e-5, atol=0)
 
 
 def test_the_quality_that_center_learns_is_a_constant(arrays):
@@ -84,7 +83,7 @@ def test_an_anchor_takes_the_shortest_action_around_it():
         prop_conf=torch.zeros(1, 3, 3), center=torch.zeros(1, 3, 1), priors=torch.tensor([[0.5], [0.8], [0.999]]),
         **dict.fromkeys(DetectorOutput._fields[6:]),
     )  # fmt: skip
-    actions = [torch.tensor([[0.0, 99.0, 0.0], [40.0, 60.0, 1.0]])]
+    actions = [torch.tensor([[0.0, 99.0, 1.0], [40.0, 60.0, 2.0]])]
     matched = losses.match(output, losses.targets_of(actions, 100), 100, 0.5)
     assert matched.conf.tolist() == [[2, 1, 0]]
     assert matched.loc[0, 0].tolist() == pytest.approx([10.0, 10.0], abs=1e-4)
@@ -109,7 +108,7 @@ def test_a_window_without_actions_gives_finite_losses_without_gradient_to_segmen
     leaves = {name: torch.rand(1, 4, 2 if "loc" in name else 3 if "conf" in name else 1).requires_grad_()
               for name in PARTS}  # fmt: skip
     output = DetectorOutput(*leaves.values(), torch.rand(4, 1), *[None] * 6)
-    found = losses.multi_segment(output, losses.targets_of([torch.tensor([[1.0, 2.0, -1.0]])], 100), 100)
+    found = losses.multi_segment(output, losses.targets_of([torch.zeros(0, 3)], 100), 100)
     assert [found[name].item() for name in ("loc", "prop_loc", "center")] == [0, 0, 0]
     sum(found.values()).backward()
     assert all(leaf.grad is None or leaf.grad.isfinite().all() for leaf in leaves.values())

@@ -221,7 +221,7 @@ def test_the_teacher_keeps_no_gradients_and_stays_in_eval_mode(tiny, teachers, d
     with Loader(data, "train", config.data, batch_size=4, training=True) as loader:
         for number, batch in enumerate(loader):
             stepper.take(batch, 0, number, Meter(place))
-    assert phase.recognizer.training and not phase.teacher.recognizer.training
+    assert phase.network.training and not phase.teacher.recognizer.training
     assert all(p.grad is None and not p.requires_grad for p in phase.teacher.recognizer.parameters())
     after = phase.teacher.recognizer.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -275,7 +275,7 @@ def test_weights_that_broke_are_not_saved(tiny, tmp_path, monkeypatch):
 
     def breaking(self, *arguments):
         original(self, *arguments)
-        self.phase.recognizer.logits.weight.data[0, 0] = torch.nan
+        self.phase.network.logits.weight.data[0, 0] = torch.nan
 
     monkeypatch.setattr(Stepper, "take", breaking)
     with pytest.raises(UserError, match=r"by step 1: the recognizer's weights are not finite.*no state had been saved"):

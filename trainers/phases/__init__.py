@@ -5,6 +5,7 @@ from __future__ import annotations
 from ...configs.schema import TrainConfig
 from ..methods import METHODS
 from .base import Noise, Phase, Stage, Turn
+from .detection import Detection
 from .distillation import Distillation
 from .representation import Representation
 from .student import Student
@@ -19,6 +20,8 @@ def build(config: TrainConfig, classes: tuple[str, ...], modality: str = "rgb", 
     modality: of the data; resumed: its weights will come from a checkpoint, so those of init= are not looked for.
     """
     kind: type[Phase]
+    if config.detects:
+        return Detection(config, classes, modality, resumed)
     if config.phase == "distill":
         kind = Distillation if METHODS[config.distill.method].vae else Student
     else:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...configs.schema import TrainConfig
 from ...models import checkpoints
-from ...models.recognizer import build_cvae
 from ...pipelines.loader import Batch
 from ..distributed import Ranks
-from ..frozen import FrozenTeacher, same_preprocessing
+from ..frozen import same_preprocessing
 from ..losses import Terms
 
 log = logging.getLogger(__name__)
@@ -29,11 +28,14 @@ class Stage(NamedTuple):
 
 
 class Noise(NamedTuple):
-    """Standard normal (N,T,C) each: for the VAE's encoder, for the teacher's VAE beside it, for decoding the prior."""
+    """Standard normal (N,T,C) each: for the VAE's encoder, for the teacher's VAE beside it, for decoding the prior.
 
-    encoder: Tensor
-    teacher: Tensor
-    prior: Tensor
+    Of a detector, one of each for each endpoint, by name.
+    """
+
+    encoder: Any
+    teacher: Any
+    prior: Any
 
 
 class Turn(NamedTuple):
@@ -49,12 +51,14 @@ class Turn(NamedTuple):
 class Phase:
     """Builds the modules of a phase. `modules` are trained, `frozen` only run; both are keyed by name.
 
-    Subclasses implement stages(). The card describes the recognizer that comes out. part(name) surrounds "student"
-    (the network that is trained), "teacher", "cvae" and "losses", for who wants to time them.
+    Subclasses implement stages(). The card describes the network that comes out, a recognizer or a detector.
+    part(name) surrounds "student" (the network that is trained), "teacher", "cvae" and "losses", for who wants to time
+    them.
     """
 
     uses_attention = True
     uses_cvae = False
+    task = "recognition"
 
     def __init__(self, config: TrainConfig, classes: tuple[str, ...], modality: str = "rgb", resumed: bool = False):
         self.config = config
@@ -63,17 +67,21 @@ class Phase:
         self.card = checkpoints.ModelCard(
             model=config.model, classes=classes, clip_length=data.clip_length, size=data.size,
             attention=self.uses_attention, compat=config.compat, data=data.model_dump(mode="json"),
-            modality=modality,
+            modality=modality, task=self.task,
         )  # fmt: skip
         # The weights depend on the seed alone, so that runs of one seed start from the same network.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.recognizer = self.card.build()
-            self.modules: dict[str, nn.Module] = {"recognizer": self.recognizer}
+            self.network: Any = self.card.build()
+            self.modules: dict[str, nn.Module] = {self.card.network: self.network}
             if self.uses_cvae:
-                self.modules["cvae"] = self.cvae = build_cvae(self.card.feature_shape)
+                self.cvae: Any = self.card.build_cvae()
+                self.modules["cvae"] = self.cvae
         self.frozen: dict[str, nn.Module] = {}
-        self.teacher: FrozenTeacher | None = None
+        self.teacher: Any = None  # a FrozenTeacher, or a FrozenDetector
+        self.freezes_bn = config.model.freeze_bn == "always" or (
+            config.model.freeze_bn == "auto" and self.task == "detection" and bool(config.init)
+        )
         self.nets = dict(self.modules)
         if config.init and not resumed:
             self._initialize(config.init)
@@ -87,7 +95,7 @@ class Phase:
         # Flow may start from RGB, whose clips are normalized by other values.
         if (card.modality, own.modality) != ("rgb", "flow"):
             same_preprocessing(source, card, own, pretraining=pretraining)
-        fresh = checkpoints.initialize_from(self.recognizer, place, classifier=not pretraining)
+        fresh = checkpoints.initialize_from(self.network, place, classifier=not pretraining)
         log.info("started from %s; fresh weights: %s", place, ", ".join(fresh) or "none")
 
     def place(self, ranks: Ranks) -> None:
@@ -100,6 +108,10 @@ class Phase:
         """Trained modules to training mode; frozen ones stay in eval mode."""
         for module in self.modules.values():
             module.train()
+        if self.freezes_bn:
+            for layer in self.network.modules():
+                if isinstance(layer, nn.BatchNorm3d):
+                    layer.eval()
 
     def stages(self, batch: Batch, turn: Turn) -> Iterator[Stage]:
         """The optimizer steps of one batch in turn; each is taken before the next is asked for."""

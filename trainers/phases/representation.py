@@ -40,7 +40,7 @@ class Representation(Phase):
     def stages(self, batch: Batch, turn: Turn) -> Iterator[Stage]:
         if turn.only == "cvae":
             with torch.no_grad(), self.part("student"):  # batch norm's statistics move, as in the original
-                output = self.recognizer(batch.clips, classify=False)
+                output = self.network(batch.clips, classify=False)
             yield self._stage_a(output, turn)
             return
         with self.part("student"):
@@ -75,7 +75,7 @@ class Representation(Phase):
                 per_batch=self.config.compat == "reference",
             )  # fmt: skip
             class_loss = losses.classification(
-                self.recognizer.classify(found.foreground), batch.labels, label_smoothing=config.label_smoothing,
+                self.network.classify(found.foreground), batch.labels, label_smoothing=config.label_smoothing,
                 compat=self.config.compat,
             )  # fmt: skip
             assert found.reconstruction_loss is not None

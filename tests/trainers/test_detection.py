@@ -1,0 +1,189 @@
+"""The phases of detection on a few untrimmed synthetic videos: they run, resume bit for bit, and end in results."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from genkd.configs.load import load
+from genkd.errors import UserError
+from genkd.evaluation import detect
+from genkd.models.checkpoints import load_cvae, load_detector, read_card
+from genkd.models.detector import DetectorOutput
+from genkd.preprocessing import thumos
+from genkd.preprocessing.convert import convert
+from genkd.preprocessing.shards import Dataset
+from genkd.preprocessing.untrimmed import UntrimmedSettings, synthesize_untrimmed
+from genkd.preprocessing.video import VideoSettings
+from genkd.trainers.loop import train
+
+# 2 or 3 steps an epoch.
+TINY = """
+base: detect-demo
+epochs: 1
+batch_size: 2
+log_every: 1
+eval_every: 0
+checkpoint_every: 1
+data: {size: 32, window_stride: 128, eval_window_stride: 128}
+model: {width: 0.0625}
+"""
+
+
+def quiet(text):
+    pass
+
+
+@pytest.fixture(scope="session")
+def untrimmed(tmp_path_factory):
+    place = tmp_path_factory.mktemp("untrimmed")
+    settings = UntrimmedSettings(
+        validation_videos=3, test_videos=2, seconds=(20, 24), width=48, height=48, classes=("Slide", "Spin")
+    )
+    synthesize_untrimmed(place / "videos", settings, workers=0)
+    convert(thumos.thumos14(place / "videos"), place / "data", VideoSettings("h264", 32, fps=10.0), workers=0)
+    return place / "data"
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory, untrimmed):
+    path = tmp_path_factory.mktemp("configs") / "tiny-detection.yaml"
+    path.write_text(TINY)
+
+    def make(phase, *overrides):
+        return load(str(path), phase, [f"data.dataset={untrimmed}", *overrides])
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def runs(tiny, tmp_path_factory):
+    """A teacher, its representation, and a student distilled from it."""
+    place = tmp_path_factory.mktemp("detection-runs")
+    train(tiny("detect-teacher"), place / "teacher", quiet)
+    train(tiny("detect-representation", f"init={place / 'teacher'}"), place / "rep", quiet)
+    train(tiny("detect-distill", f"teacher={place / 'rep'}"), place / "student", quiet)
+    return place
+
+
+def steps(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if "/" in key} for line in lines if line["kind"] == "train"]
+
+
+def test_every_phase_has_its_losses_and_weights(runs):
+    own = {"center", "conf", "end", "loc", "prop_conf", "prop_loc", "start", "total", "triplet"}
+    names = {
+        "teacher": {"detector": own},
+        "rep": {"detector": own | {"background", "rec"}, "cvae": {"kl", "mse", "total"}},
+        "student": {"detector": own | {"background", "rec", "att"}, "cvae": {"kd", "kl", "mse", "total"}},
+    }
+    for name, wanted in names.items():
+        for step in steps(runs / name):
+            assert step.keys() == {f"{module}/{term}" for module, terms in wanted.items() for term in terms}
+            assert np.isfinite(list(step.values())).all()
+    detector, card = load_detector(runs / "student")
+    assert (card.task, card.classes, card.model.temporal) == ("detection", ("Background", "Slide", "Spin"), "top_heavy")
+    assert detector.pyramid.outputs == 3 and set(load_cvae(runs / "student").keys()) == {"Mixed_4f", "Mixed_5c"}
+    assert not read_card(runs / "teacher").attention and read_card(runs / "rep").attention
+
+
+def test_the_total_is_the_weighted_sum(runs):
+    step = steps(runs / "student")[0]
+    d = {key.removeprefix("detector/"): value for key, value in step.items() if key.startswith("detector/")}
+    want = (
+        10 * (d["loc"] + d["prop_loc"]) + d["conf"] + d["prop_conf"] + d["center"] + d["start"] + d["end"]
+        + 35 * d["background"] + 0.1 * d["triplet"] + 0.025 * d["rec"] + 10 * d["att"]
+    )  # fmt: skip
+    assert d["total"] == pytest.approx(want, rel=1e-5)
+
+
+def test_the_backbone_starts_from_the_teacher_and_keeps_its_statistics(runs):
+    """init= freezes batch norm by default; the teacher's own, from random weights, moved."""
+    teacher, rep = (load_detector(runs / name)[0].state_dict() for name in ("teacher", "rep"))
+    moved = "backbone.Mixed_5c.b0.bn.running_mean"
+    assert teacher[moved].any() and torch.equal(teacher[moved], rep[moved])
+    assert not torch.equal(teacher["backbone.Mixed_5c.b0.conv3d.weight"], rep["backbone.Mixed_5c.b0.conv3d.weight"])
+
+
+def test_a_stopped_run_continues_with_the_same_losses(tiny, runs, tmp_path):
+    """The newest checkpoint of a finished run's copy is an earlier one."""
+    config = tiny("detect-distill", f"teacher={runs / 'rep'}", "epochs=2", "keep_checkpoints=20")
+    train(config, tmp_path / "whole", quiet)
+    whole = steps(tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    files = sorted((tmp_path / "again" / "checkpoints").glob("step-*.pt"))
+    for path in files[len(files) // 2 :]:
+        path.unlink()
+    (tmp_path / "again" / "result.json").unlink()
+    train(config, tmp_path / "again", quiet)
+    assert steps(tmp_path / "again") == whole and len(whole) >= 4
+
+
+def test_results_of_weights_on_a_split(runs, untrimmed):
+    found = detect.detect_weights(runs / "student", untrimmed, device="cpu", decoding=detect.Decoding(threshold=0.0))
+    results = found["results"]
+    assert sorted(results) == ["video_test_0000001", "video_test_0000002"]
+    dataset = Dataset.open(untrimmed)
+    lengths = dict(zip(dataset.table["key"].to_pylist(), dataset.num_frames / 10, strict=True))
+    for key, actions in results.items():
+        assert actions and [a["score"] for a in actions] == sorted((a["score"] for a in actions), reverse=True)
+        for action in actions:
+            start, end = action["segment"]
+            assert 0 <= start < end <= lengths[key] + 1e-6 and action["label"] in ("Slide", "Spin")
+    # The same windows in batches of another size.
+    again = detect.detect_weights(
+        runs / "student", untrimmed, device="cpu", batch_size=1, decoding=detect.Decoding(threshold=0.0)
+    )
+    for key in results:
+        assert [a["score"] for a in again["results"][key]] == pytest.approx(
+            [a["score"] for a in results[key]], rel=1e-3
+        )
+
+
+def test_the_ground_truth_is_the_data_sets_own(untrimmed):
+    own = json.loads((untrimmed.parent / "videos" / "thumos_annotations" / "thumos_gt.json").read_text())["database"]
+    found = detect.ground_truth(Dataset.open(untrimmed), "test")["database"]
+    assert len(found) == 2
+    for key, entry in found.items():
+        want = [(a["label"], *map(float, a["segment"])) for a in own[key]["annotations"]]
+        got = [(a["label"], *a["segment"]) for a in entry["annotations"]]
+        assert len(got) == len(want)
+        for (label, start, end), (other, *times) in zip(sorted(got), sorted(want), strict=True):
+            assert label == other and (start, end) == pytest.approx(times, abs=0.11)
+
+
+def test_decoding_by_hand():
+    """One anchor in the middle of 100 frames, 10 frames to each side, refined by half of 20 / 2 to the left and 0."""
+    output = DetectorOutput(
+        loc=torch.full((1, 1, 2), 10.0), conf=torch.tensor([[[0.0, np.log(3)]]]).float(),
+        prop_loc=torch.tensor([[[0.5, 0.0]]]), prop_conf=torch.zeros(1, 1, 2), center=torch.zeros(1, 1, 1),
+        priors=torch.tensor([[0.5]]), **dict.fromkeys(DetectorOutput._fields[6:]),
+    )  # fmt: skip
+    segments, scores = detect.decode(output, 100)
+    assert segments.tolist() == [[[35.0, 60.0]]]
+    assert scores.item() == pytest.approx((0.75 + 0.5) / 2 * 0.5)
+
+
+def test_what_does_not_fit_is_refused(tiny, runs, data, tmp_path, untrimmed):
+    with pytest.raises(UserError, match="holds no untrimmed videos with annotations"):
+        train(tiny("detect-teacher", f"data.dataset={data.path}", "data.train_split=train"), tmp_path / "a", quiet)
+    with pytest.raises(UserError, match="needs teacher=RUN, the folder of a finished detect-representation run"):
+        train(tiny("detect-distill"), tmp_path / "b", quiet)
+    with pytest.raises(UserError, match="has no attention head; use the run of the representation phase"):
+        train(tiny("detect-distill", f"teacher={runs / 'teacher'}"), tmp_path / "c", quiet)
+    with pytest.raises(UserError, match="method=logits is for recognition"):
+        tiny("detect-distill", "method=logits", f"teacher={runs / 'rep'}")
+    with pytest.raises(UserError, match=r"data\.clip_length must be a multiple of 128"):
+        train(tiny("detect-teacher", "data.clip_length=96"), tmp_path / "d", quiet)
+    with pytest.raises(UserError, match="classes"):
+        detect.detect_weights(runs / "student", data.path, device="cpu")
+
+
+def test_a_student_without_a_teacher_has_attention_and_no_vae(tiny, tmp_path):
+    train(tiny("detect-distill", "method=none"), tmp_path / "alone", quiet)
+    assert {key.split("/")[0] for step in steps(tmp_path / "alone") for key in step} == {"detector"}
+    assert read_card(tmp_path / "alone").attention
+    assert not (tmp_path / "alone" / "weights" / "cvae.safetensors").exists()
