@@ -32,9 +32,9 @@ def test_there_is_a_test_for_every_preset():
 
 
 def test_the_detection_presets_have_the_originals_hyper_parameters():
-    """From its detection configurations and training script: windows of 256 frames of 96 of 112 px, every 30 frames and
-    in tests every 128, batches of 1, Adam at 1e-6 (flow 1e-5) and 1e-3, 50 epochs (flow 20), pixels from -1 to 1, lw 10,
-    ssl 0.1, IoU 0.5, beta 10, background 35."""
+    """From its detection configurations and training script: windows of 256 frames of 96 of 112 px, every 30 frames,
+    in tests every 128, batches of 1, Adam at 1e-6 (flow 1e-5) and 1e-3, 50 epochs (flow 20), pixels from -1 to 1,
+    lw 10, ssl 0.1, IoU 0.5, beta 10, background 35."""
     rgb, flow = load("thumos14", "detect-distill"), load("thumos14-flow", "detect-distill")
     assert (rgb.batch_size, rgb.epochs, rgb.optimizer.lr, rgb.optimizer.weight_decay) == (1, 50, 1e-6, 1e-3)
     assert (flow.epochs, flow.optimizer.lr) == (20, 1e-5)

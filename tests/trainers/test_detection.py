@@ -6,14 +6,17 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
+from genkd.cli import main
 from genkd.configs.load import load
 from genkd.errors import UserError
 from genkd.evaluation import detect
 from genkd.models.checkpoints import load_cvae, load_detector, read_card
 from genkd.models.detector import DetectorOutput
-from genkd.preprocessing import thumos
+from genkd.preprocessing import interop, thumos
 from genkd.preprocessing.convert import convert
+from genkd.preprocessing.flow import FlowSettings
 from genkd.preprocessing.shards import Dataset
 from genkd.preprocessing.untrimmed import UntrimmedSettings, synthesize_untrimmed
 from genkd.preprocessing.video import VideoSettings
@@ -187,3 +190,51 @@ def test_a_student_without_a_teacher_has_attention_and_no_vae(tiny, tmp_path):
     assert {key.split("/")[0] for step in steps(tmp_path / "alone") for key in step} == {"detector"}
     assert read_card(tmp_path / "alone").attention
     assert not (tmp_path / "alone" / "weights" / "cvae.safetensors").exists()
+
+
+@pytest.fixture(scope="session")
+def flow_data(untrimmed, tmp_path_factory):
+    out = tmp_path_factory.mktemp("untrimmed-flow") / "data"
+    convert(interop.dataset_sources(Dataset.open(untrimmed)), out, FlowSettings("dis"), workers=0)
+    return out
+
+
+def test_flow_alone_and_with_rgb_by_the_command_line(tiny, runs, untrimmed, flow_data, tmp_path):
+    """The outputs' mean of a pair; detect, then evaluate, as a user does."""
+    train(tiny("detect-teacher", f"data.dataset={flow_data}"), tmp_path / "flow", quiet)
+    detector, card = load_detector(tmp_path / "flow")
+    assert (card.modality, detector.in_channels) == ("flow", 2)
+    call = CliRunner().invoke
+
+    def detect_to(name, *options):
+        done = call(
+            main, ["detect", *map(str, options), str(tmp_path / name), "--device", "cpu", "--precision", "fp32"]
+        )
+        assert done.exit_code == 0, done.output
+        assert "actions in 2 videos" in done.output
+        return json.loads((tmp_path / name).read_text())["results"]
+
+    alone = detect_to("flow.json", tmp_path / "flow", flow_data)
+    fused = detect_to("fused.json", runs / "student", untrimmed, "--flow", tmp_path / "flow", flow_data)
+    assert alone.keys() == fused.keys() and alone != fused
+    truth = tmp_path / "truth.json"
+    truth.write_text(json.dumps(detect.ground_truth(Dataset.open(untrimmed), "test")))
+    done = call(main, ["evaluate", "detection", str(tmp_path / "fused.json"), "--ground-truth", str(truth), "--json"])
+    assert done.exit_code == 0, done.output
+    assert 0 <= json.loads(done.output)["average_map"] <= 1
+    for options, problem in (
+        ([runs / "student", flow_data], "takes rgb windows"),
+        ([tmp_path / "flow", untrimmed], "takes flow windows"),
+        ([runs / "student", untrimmed, "--split", "train"], "train"),
+    ):
+        failed = call(main, ["detect", *map(str, options), str(tmp_path / "no.json"), "--device", "cpu"])
+        assert failed.exit_code == 1 and problem in failed.output
+    failed = call(main, ["detect", str(runs / "student"), str(untrimmed), str(tmp_path)])
+    assert failed.exit_code == 1 and "is a folder; name a file" in failed.output
+
+
+def test_averaging_is_of_outputs():
+    one = DetectorOutput(*(torch.full((1, 2, 2), float(number)) for number in range(12)))
+    two = DetectorOutput(*(torch.full((1, 2, 2), float(number) + 2) for number in range(12)))
+    for number, value in enumerate(detect.average([one, two])):
+        assert (value == number + 1).all()
