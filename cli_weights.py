@@ -29,12 +29,16 @@ class _Numbers(click.ParamType):
 @click.argument("out", type=FOLDER)
 @click.option("--classes", "names", type=SOURCE, help="Names in the order of the classifier: a shard data set, a file "
               "with one name a line, or UCF101's classInd.txt  [default: numbers]")  # fmt: skip
-@click.option("--clip-length", type=click.IntRange(1), help="Frames  [default: what the module is made for, else 64]")
+@click.option(
+    "--clip-length",
+    type=click.IntRange(1),
+    help="Frames  [default: what the module is made for, else 64; detection 256]",
+)
 @click.option("--size", type=click.IntRange(1), help="Pixels  [default: what the module is made for, else 224]")
 @click.option("--compat", type=click.Choice(["reference", "none"]), default="reference", show_default=True,
               help="reference: sums and scores as the original makes them; only they give its numbers.")  # fmt: skip
-@click.option("--mean", type=_Numbers(), help="Of pixels in 0..1  [default: ImageNet's; flow: 0.5 and 0.5]")
-@click.option("--std", type=_Numbers(), help="Of pixels in 0..1  [default: ImageNet's; flow: 0.226 and 0.226]")
+@click.option("--mean", type=_Numbers(), help="Of pixels in 0..1  [default: ImageNet's; flow, detection: 0.5]")
+@click.option("--std", type=_Numbers(), help="Of pixels in 0..1  [default: ImageNet's; flow 0.226; detection 0.5]")
 @click.option("--force", is_flag=True, help="Write over what an earlier import wrote.")
 @click.option("--verbose", is_flag=True, help="List the keys that were used, unused and missing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report, all keys included, as JSON.")
@@ -48,8 +52,9 @@ def import_checkpoint(file: Path, out: Path, names: Path | None, verbose: bool, 
     """Turn weights of the original implementation, or of the public Kinetics I3D, into a folder of genkd's own.
 
     FILE (.pt, .pth, .ckpt or .safetensors) is told by its keys and shapes: a plain I3D (its classifier included), a
-    recognition teacher or student, or the CVAE of one. OUT is then taken where weights are asked for: `genkd evaluate`,
-    init= and teacher=. A teacher and its CVAE go into one folder, one after the other. Nothing in FILE is executed.
+    teacher or student of recognition or detection, or the CVAE of one. OUT is then taken where weights are asked for:
+    `genkd evaluate`, `genkd detect`, init= and teacher=. A teacher and its CVAE go into one folder, one after the
+    other. Nothing in FILE is executed.
 
     The public Kinetics files were trained on pixels in -1..1, which is --mean 0.5,0.5,0.5 --std 0.5,0.5,0.5; the
     original implementation feeds ImageNet's normalization to them.
@@ -79,9 +84,9 @@ def import_checkpoint(file: Path, out: Path, names: Path | None, verbose: bool, 
             for key in keys:
                 click.echo(f"  {name:<8}{key}")
     made_for = f"{card.clip_length} frames of {card.size} px"
-    classes = f"{len(card.classes)} classes, {card.modality} clips of " if done.path.stem == "recognizer" else "for "
+    classes = f"{len(card.classes)} classes, {card.modality} clips of " if done.path.stem != "cvae" else "for "
     click.echo(f"{done.path}: {done.parameters:,} parameters, {classes}{made_for}")
-    if done.path.stem == "recognizer" and names is None:
+    if done.path.stem != "cvae" and names is None:
         click.echo(
             "its classes are numbers, as no --classes were given: enough to start from, but `genkd evaluate` and "
             "teacher= want the data set's names"

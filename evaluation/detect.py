@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..configs.schema import DataConfig
 from ..errors import UserError
-from ..models.checkpoints import ModelCard, load_detector
+from ..models.checkpoints import ModelCard, load_detector, unnamed
 from ..models.detector import DetectorOutput
 from ..pipelines.loader import Loader
 from ..pipelines.streams import is_flow
@@ -77,6 +77,7 @@ def windows(
     Raises NotFinite for scores that are not.
     """
     found, modes = [], [model.training for model in models]
+    plain = getattr(models[-1], "compat", "none") == "reference"
     for model in models:
         model.eval()
     with torch.inference_mode():
@@ -85,8 +86,9 @@ def windows(
             clips = [batch.clips] if batch.flow is None else [batch.clips, batch.flow]
             with torch.autocast(place.device.type, dtype, enabled=dtype != torch.float32):
                 outputs = [
-                    model(own.float() if dtype == torch.float32 else own)
-                    for model, own in zip(models, clips, strict=True)
+                    # The original's fusion leaves the flow's features unweighted.
+                    model(own.float() if dtype == torch.float32 else own, attend=not (place_of and plain))
+                    for place_of, (model, own) in enumerate(zip(models, clips, strict=True))
                 ]
             segments, scores = decode(average(outputs) if len(outputs) > 1 else outputs[0], loader.config.clip_length)
             rows, offsets = batch.ids[: batch.count].tolist(), batch.windows.offsets[: batch.count].tolist()
@@ -132,6 +134,11 @@ def actions(found: list[Found], dataset: Dataset, decoding: Decoding = Decoding(
     return results
 
 
+def decoding_for(flow: bool, compat: str = "none") -> Decoding:
+    """The original implementation's settings for a modality."""
+    return Decoding(sigma=0.5 if flow else 0.1, compat=compat)
+
+
 def ground_truth(dataset: Dataset, split: str) -> dict[str, Any]:
     """A split's annotations in the layout of ActivityNet's ground truth, the subset named as the split."""
     table = dataset.table.select(["key", "annotations"]).take(dataset.rows(split)).to_pylist()
@@ -152,7 +159,7 @@ def evaluate(
     model: nn.Module, loader: Loader, place: Ranks, split: str, dtype: torch.dtype = torch.float32
 ) -> dict[str, float]:
     """mAP of a detector on an evaluation loader's split: "map", the mean over tIoU 0.1 to 0.5, and "map_0.5"."""
-    found = actions(windows([model], loader, place, dtype), loader.dataset)
+    found = actions(windows([model], loader, place, dtype), loader.dataset, decoding_for(is_flow(loader.dataset)))
     result = mean_average_precision(ground_truth(loader.dataset, split), {"results": found}, TIOUS, split)
     return {"map": float(np.mean(result.map)), "map_0.5": float(result.map[-1])}
 
@@ -170,14 +177,13 @@ def detect_weights(
     model, card = load_detector(weights)
     data, models, flow_data = Dataset.open(dataset), [model], None
     _refuse_unsuitable(weights, card, data, split)
+    config = data_config(card)
     if flow is not None:
         other, flow_card = load_detector(flow[0])
         flow_data = Dataset.open(flow[1])
         _refuse_unsuitable(flow[0], flow_card, flow_data, split)
-        if (flow_card.clip_length, flow_card.size) != (card.clip_length, card.size):
-            raise UserError(f"{weights} and {flow[0]} take windows of other lengths or sizes; they cannot be averaged")
+        config = _for_both(weights, flow[0], card, flow_card)
         models.append(other)
-    config = data_config(card)
     with (
         distributed.ranks(device) as place,
         contextlib.closing(_loader(data, split, config, batch_size, place, flow_data)) as loader,
@@ -188,8 +194,7 @@ def detect_weights(
             progress.start(loader.count)
         dtype = distributed.precision(precision, place.device)
         found = windows(models, loader, place, dtype, progress.add if progress else lambda count: None)
-        sigma = 0.5 if card.modality == "flow" else 0.1
-        results = actions(found, data, decoding or Decoding(sigma=sigma, compat=card.compat))
+        results = actions(found, data, decoding or decoding_for(card.modality == "flow", card.compat))
     return {"version": "genkd", "results": results, "external_data": {}}
 
 
@@ -197,13 +202,17 @@ def require_actions(data: Dataset, split: str) -> None:
     """Raises UserError for a data set that is not of untrimmed videos, for an unknown or empty split, and for one
     without annotations."""
     rows = data.rows(split)
+    _require_untrimmed(data)
+    if not any(data.table["annotations"].take(rows).to_pylist()):
+        raise UserError(f"no video of split {split!r} of {data.storage} has an annotation")
+
+
+def _require_untrimmed(data: Dataset) -> None:
     if not data.classes or data.classes[0] != "Background":
         raise UserError(
             f"{data.storage} holds no untrimmed videos with annotations, as `genkd shard thumos14` makes them; for "
             "videos of one class each train a recognizer"
         )
-    if not any(data.table["annotations"].take(rows).to_pylist()):
-        raise UserError(f"no video of split {split!r} of {data.storage} has an annotation")
 
 
 def _loader(
@@ -215,7 +224,26 @@ def _loader(
     )  # fmt: skip
 
 
+def _for_both(weights: Path, flow_weights: Path, card: ModelCard, flow_card: ModelCard) -> DataConfig:
+    """How windows are made for RGB and flow together: each normalized as its own weights say."""
+    if flow_card.classes != card.classes:
+        raise UserError(f"{weights} and {flow_weights} know other classes, or in another order; train both on one list")
+    own, flow = data_config(card), data_config(flow_card)
+    for key in ("clip_length", "size", "stride", "padding", "eval_scale", "eval_window_stride"):
+        if getattr(own, key) != getattr(flow, key):
+            raise UserError(
+                f"{weights} has data.{key}={getattr(own, key)}, {flow_weights} {getattr(flow, key)}; only detectors of "
+                "the same windows can be averaged"
+            )
+    return own.model_copy(update={"flow_mean": flow.flow_mean, "flow_std": flow.flow_std})
+
+
 def _refuse_unsuitable(weights: Path, card: ModelCard, data: Dataset, split: str) -> None:
+    if unnamed(card.classes) and len(card.classes) == len(data.classes):
+        raise UserError(
+            f"{weights} has no names for its classes; if they are those of {data.storage}, import it again with "
+            f"--classes {data.storage}"
+        )
     if tuple(data.classes) != card.classes:
         raise UserError(
             f"{weights} knows {len(card.classes)} classes, {data.storage} has {len(data.classes)}, or others; use the "
@@ -224,4 +252,6 @@ def _refuse_unsuitable(weights: Path, card: ModelCard, data: Dataset, split: str
     held = "flow" if is_flow(data) else "rgb"
     if held != card.modality:
         raise UserError(f"{weights} takes {card.modality} windows, {data.storage} holds {held}")
-    require_actions(data, split)
+    _require_untrimmed(data)
+    if not len(data.rows(split)):
+        raise UserError(f"split {split!r} of {data.storage} has no videos")

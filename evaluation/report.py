@@ -98,6 +98,11 @@ def write_report(
 
 def _read(name: str, path: Path) -> _Run:
     config, card = read_run(path), read_card(path)
+    if card.task != "recognition":
+        raise UserError(
+            f"{path} is the run of a detector, and reports are of recognizers; its curves are in metrics.jsonl and "
+            "TensorBoard"
+        )
     evaluation = recorded.evaluation(path, find_weights(path))
     lines = recorded.lines(path)
     if not lines:

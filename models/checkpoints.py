@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 __all__ = [
     "CVAE_FILE", "DETECTOR_FILE", "RECOGNIZER_FILE", "ImportReport", "ModelCard", "card_of_start", "find_weights",
     "from_reference", "initialize_from", "load_cvae", "load_detector", "load_recognizer", "other_classes", "read_card",
-    "reference_card", "save_weights",
+    "reference_card", "save_weights", "unnamed",
 ]  # fmt: skip
 
 
@@ -232,8 +232,7 @@ def reference_card(
     # The original is tested on the middle 224 of 256 pixels, its detector on the middle 96 of 112.
     usual: dict[str, Any] = {"eval_scale": 0.875}
     if layout.detection:
-        half = (0.5,) * layout.in_channels
-        usual = {"eval_scale": 0.857, "padding": "zero", f"{prefix}mean": half, f"{prefix}std": half}
+        usual = {"eval_scale": 0.857, "padding": "zero", "mean": (0.5,) * 3, "std": (0.5,) * 3, "flow_std": (0.5,) * 2}
     settings = DataConfig.model_validate({"clip_length": clip_length, "size": size, **usual, **norm})
     names = numbered(count)
     if layout.detection and names:
@@ -247,6 +246,11 @@ def reference_card(
 def numbered(count: int) -> tuple[str, ...]:
     """The names of classes that have none: their numbers from 0."""
     return tuple(map(str, range(count)))
+
+
+def unnamed(classes: tuple[str, ...]) -> bool:
+    """Whether classes are numbers alone, but for a detector's background."""
+    return classes in (numbered(len(classes)), ("Background", *numbered(len(classes))[1:]))
 
 
 def card_of_start(place: str | Path) -> ModelCard:
@@ -266,7 +270,7 @@ def other_classes(place: str, stored: tuple[str, ...], own: tuple[str, ...]) -> 
         return False
     if sorted(stored) == sorted(own):
         raise UserError(f"{place} has the data set's classes in another order; make the data set again with that order")
-    if stored == numbered(len(own)):
+    if unnamed(stored) and len(stored) == len(own):
         raise UserError(
             f"{place} has as many classes as the data set, {len(own)}, but no names for them: if they are the same, "
             "give it names with `genkd import-checkpoint FILE OUT --classes DATASET` and start from OUT"

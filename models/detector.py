@@ -142,14 +142,17 @@ class Pyramid(nn.Module):
         for number, level in enumerate(levels):
             prior = self._prior(level)
             loc_features, conf_features = self.loc_tower(level), self.conf_tower(level)
-            loc = self.loc_scales[number](self.loc_head(loc_features)).transpose(1, 2)
+            with torch.autocast(loc_features.device.type, enabled=False):  # bfloat16 would round lengths by a percent
+                loc = self.loc_scales[number](self.loc_head(loc_features.float())).transpose(1, 2)
             segments, frame_segments = _boundaries(loc, prior, self.clip_length)
             loc_refined, loc_sides = self.loc_branch(loc_features, frames, segments, frame_segments)
             conf_refined, conf_sides = self.conf_branch(conf_features, frames, segments, frame_segments)
             if number == 0:
                 sides = [side.transpose(1, 2) for x in (loc_sides, conf_sides) for side in x.chunk(2, 1)]
+            with torch.autocast(loc_refined.device.type, enabled=False):
+                prop_loc = self.prop_loc_head(loc_refined.float()).transpose(1, 2)
             values = (
-                loc, self.conf_head(conf_features).transpose(1, 2), self.prop_loc_head(loc_refined).transpose(1, 2),
+                loc, self.conf_head(conf_features).transpose(1, 2), prop_loc,
                 self.prop_conf_head(conf_refined).transpose(1, 2), self.center_head(loc_refined).transpose(1, 2),
             )  # fmt: skip
             found.append(values)
@@ -211,7 +214,8 @@ class Detector(nn.Module):
     """Clips (N,in_channels,T,H,W) -> DetectorOutput for num_classes actions.
 
     shapes: (C,T,H,W) of each endpoint, from detector_shapes. With attention the pyramid sees the foreground of both
-    endpoints, F*a*r with a sample's r = sum F / sum(F*a); compat "reference" divides F*a by the batch's sum of a.
+    endpoints, F*a*r with a sample's r = sum F / sum(F*a); compat "reference" divides F*a by the batch's sum of a
+    (in eval mode by the sample's).
     forward raises ValueError for clips of another shape than the detector was built for.
     """
 
@@ -259,8 +263,10 @@ class Detector(nn.Module):
     def foreground(self, features: Features, attention: Features) -> Features:
         """Features weighted by their attention."""
         if self.compat == "reference":
+            # In tests a sample's own sum, as the original's batches of one have: results must not hang on neighbours.
+            axes = (0, 1, 2) if self.training else (1, 2)
             return {
-                name: features[name] * attention[name][..., None, None] / attention[name].sum() for name in ENDPOINTS
+                name: features[name] * (a / a.sum(axes, keepdim=True))[..., None, None] for name, a in attention.items()
             }
         return {name: foreground(features[name], attention[name]) for name in ENDPOINTS}
 

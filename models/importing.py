@@ -56,6 +56,10 @@ def import_weights(
     try:
         layout = identify(state)
         path = out / (CVAE_FILE if layout.cvae else DETECTOR_FILE if layout.detection else RECOGNIZER_FILE)
+        other = next((out / name for name in NETWORK_FILES if not layout.cvae and name != path.name
+                      and (out / name).exists()), None)  # fmt: skip
+        if other is not None:
+            raise UserError(f"{other} is there already, another kind of network; import into another folder")
         if path.exists() and not force:
             raise UserError(f"{path} exists; import into another folder, or write over it with --force")
         if layout.cvae and (classes or mean or std):

@@ -67,7 +67,7 @@ def multi_segment(
     output: DetectorOutput, targets: Targets, clip_length: int, *, overlap: float = 0.5, compat: str = "none"
 ) -> dict[str, Tensor]:
     """loc (GIoU), conf (focal), prop_loc (L1), prop_conf (focal) and center (quality), each a sum over the batch's
-    anchors divided by the number that are an action, 1 at least; float32.
+    anchors divided by the number that are an action, 1 at least; float32. With several ranks each divides by its own.
 
     center learns the IoU of an anchor's refined segment with its action. compat "reference" lets gradients through
     that IoU to loc and prop_loc.

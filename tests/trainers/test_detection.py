@@ -233,6 +233,46 @@ def test_flow_alone_and_with_rgb_by_the_command_line(tiny, runs, untrimmed, flow
     assert failed.exit_code == 1 and "is a folder; name a file" in failed.output
 
 
+def test_each_stream_of_a_pair_is_normalized_as_its_own_weights_say(
+    tiny, runs, untrimmed, flow_data, tmp_path, monkeypatch
+):
+    train(tiny("detect-teacher", f"data.dataset={flow_data}", "data.flow_std=[0.25,0.25]"), tmp_path / "flow", quiet)
+    seen = {}
+    real = detect.windows
+
+    def watched(models, loader, *rest):
+        seen["config"] = loader.config
+        return real(models, loader, *rest)
+
+    monkeypatch.setattr(detect, "windows", watched)
+    detect.detect_weights(runs / "student", untrimmed, flow=(tmp_path / "flow", flow_data), device="cpu")
+    assert seen["config"].flow_std == (0.25, 0.25) and seen["config"].std == (0.25,) * 3
+    train(tiny("detect-teacher", f"data.dataset={flow_data}", "data.eval_window_stride=64"), tmp_path / "other", quiet)
+    with pytest.raises(UserError, match=r"data\.eval_window_stride=128.*64; only detectors of the same windows"):
+        detect.detect_weights(runs / "student", untrimmed, flow=(tmp_path / "other", flow_data), device="cpu")
+
+
+def test_the_originals_weighting_does_not_hang_on_neighbours_in_tests(tiny, tmp_path, untrimmed):
+    """Also: stages by epoch, averaged weights and an evaluation in training, all under compat."""
+    options = ("compat=reference", "ema=0.9", "eval_every=1")
+    train(tiny("detect-representation", *options), tmp_path / "run", quiet)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [0 <= line["map"] <= 1 for line in lines if line["kind"] == "eval"] == [True]
+    decoding = detect.Decoding(threshold=0.0, compat="reference")
+    one, four = (
+        detect.detect_weights(tmp_path / "run", untrimmed, device="cpu", batch_size=size, decoding=decoding)["results"]
+        for size in (1, 4)
+    )
+    for key, actions in one.items():
+        scores = [[a["score"] for a in found] for found in (actions, four[key])]
+        assert scores[0] == pytest.approx(scores[1], rel=1e-4)
+
+
+def test_a_report_of_a_detector_is_refused_without_harm(runs):
+    done = CliRunner().invoke(main, ["report", str(runs / "student")])
+    assert done.exit_code == 1 and "is the run of a detector, and reports are of recognizers" in done.output
+
+
 def test_averaging_is_of_outputs():
     one = DetectorOutput(*(torch.full((1, 2, 2), float(number)) for number in range(12)))
     two = DetectorOutput(*(torch.full((1, 2, 2), float(number) + 2) for number in range(12)))
