@@ -151,7 +151,7 @@ def fuse(streams: tuple[Path, ...], weights: str | None, rule: str, search: bool
     from .evaluation.fusion import fuse_files
     from .tables import fusion_tables, show
 
-    values = fuse_files(streams, _weights(weights), rule, out, search=search)
+    values = fuse_files(streams, parse_weights(weights), rule, out, search=search)
     click.echo(json.dumps(values, indent=2)) if as_json else show(fusion_tables(values))
 
 
@@ -162,7 +162,8 @@ def _numbers(text: str | None) -> list[int]:
     return list(map(int, parts))
 
 
-def _weights(text: str | None) -> list[float] | None:
+def parse_weights(text: str | None) -> list[float] | None:
+    """Numbers with commas between them; None for none. Raises UserError."""
     try:
         return None if text is None else [float(part) for part in text.split(",")]
     except ValueError:

@@ -219,6 +219,15 @@ def test_flow_alone_and_with_rgb_by_the_command_line(tiny, runs, untrimmed, flow
     assert alone.keys() == fused.keys() and alone != fused
     truth = tmp_path / "truth.json"
     truth.write_text(json.dumps(detect.ground_truth(Dataset.open(untrimmed), "test")))
+    rgb = detect_to("rgb.json", runs / "student", untrimmed)
+    files = [str(tmp_path / name) for name in ("rgb.json", "flow.json")]
+    done = call(main, ["fuse-detections", *files, "--out", str(tmp_path / "late.json"), "--weights", "1,0.5"])
+    assert done.exit_code == 0, done.output
+    late = json.loads((tmp_path / "late.json").read_text())["results"]
+    for key, actions in late.items():
+        # The best of all is the first of either, as nothing decays it.
+        best = max([a["score"] for a in rgb[key]] + [0.5 * a["score"] for a in alone[key]])
+        assert max(a["score"] for a in actions) == pytest.approx(best, rel=1e-5)
     done = call(main, ["evaluate", "detection", str(tmp_path / "fused.json"), "--ground-truth", str(truth), "--json"])
     assert done.exit_code == 0, done.output
     assert 0 <= json.loads(done.output)["average_map"] <= 1
