@@ -256,9 +256,8 @@ class _Trainer:
             "weights": str(self.run / "weights"), "best": self.selection.best,
         }  # fmt: skip
         if epochs < self.config.epochs and self.place.is_main:
-            self.say(
-                f"ended after epoch {epochs}: no better {'mAP' if self.config.detects else 'top-1'} for {self.config.patience} evaluations"
-            )
+            better = "mAP" if self.config.detects else "top-1"
+            self.say(f"ended after epoch {epochs}: no better {better} for {self.config.patience} evaluations")
 
         def write() -> None:
             if self.config.keep == "best":
