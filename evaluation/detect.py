@@ -16,6 +16,7 @@ from ..configs.schema import DataConfig
 from ..errors import UserError
 from ..models.checkpoints import ModelCard, load_detector, unnamed
 from ..models.detector import DetectorOutput
+from ..models.i3d import fold_batch_norm
 from ..pipelines.loader import Loader
 from ..pipelines.streams import is_flow
 from ..preprocessing.shards import Dataset
@@ -189,6 +190,7 @@ def detect_weights(
         contextlib.closing(_loader(data, split, config, batch_size, place, flow_data)) as loader,
     ):
         for network in models:
+            fold_batch_norm(network)
             network.to(place.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         if progress:
             progress.start(loader.count)
