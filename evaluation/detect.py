@@ -241,6 +241,7 @@ def _for_both(weights: Path, flow_weights: Path, card: ModelCard, flow_card: Mod
 
 
 def _refuse_unsuitable(weights: Path, card: ModelCard, data: Dataset, split: str) -> None:
+    _require_untrimmed(data)
     if unnamed(card.classes) and len(card.classes) == len(data.classes):
         raise UserError(
             f"{weights} has no names for its classes; if they are those of {data.storage}, import it again with "
@@ -254,6 +255,5 @@ def _refuse_unsuitable(weights: Path, card: ModelCard, data: Dataset, split: str
     held = "flow" if is_flow(data) else "rgb"
     if held != card.modality:
         raise UserError(f"{weights} takes {card.modality} windows, {data.storage} holds {held}")
-    _require_untrimmed(data)
     if not len(data.rows(split)):
         raise UserError(f"split {split!r} of {data.storage} has no videos")

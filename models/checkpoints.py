@@ -127,9 +127,9 @@ def find_weights(place: str | Path, file: str = "") -> Path:
             return path
     if (place / "config.yaml").is_file():
         raise UserError(
-            f"{place} has no weights/{files[0]}: that run has not finished, or is of a phase that makes none"
+            f"{place} has no weights/{' or '.join(files)}: that run has not finished, or is of a phase that makes none"
         )
-    raise UserError(f"{place} is neither a training run nor a folder with {files[0]}")
+    raise UserError(f"{place} is neither a training run nor a folder with {' or '.join(files)}")
 
 
 def read_card(place: str | Path) -> ModelCard:
@@ -155,7 +155,9 @@ def load_recognizer(place: str | Path) -> tuple[Recognizer, ModelCard]:
     """A recognizer with its stored weights, on the CPU, in eval mode. Raises UserError if they do not fit its card."""
     card = read_card(place)
     if card.task != "recognition":
-        raise UserError(f"{place} holds a detector; recognition needs the weights of a recognizer")
+        raise UserError(
+            f"{place} holds a detector; recognition needs the weights of a recognizer, `genkd detect` takes this"
+        )
     network = _load_network(place, card)
     assert isinstance(network, Recognizer)
     return network, card

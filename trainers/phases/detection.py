@@ -128,16 +128,16 @@ class Detection(Phase):
             features, attention = seen.features[name], seen.attention[name]
             found = attention_kd(
                 features, attention, None if taught is None else taught[name][:count],
-                None if made is None else made[name], maps=True,
+                None if made is None else made[name], maps=self.config.compat != "reference",
             )  # fmt: skip
-            assert found.background is not None
-            front[name], back[name] = found.foreground, found.background
-            if self.config.compat == "reference":
-                whole, a = features.float(), attention.float()[..., None, None]
-                front[name], back[name] = whole * a / a.sum(), whole * (1 - a) / (1 - a).sum()
+            if found.background is not None:
+                front[name], back[name] = found.foreground, found.background
             for key, value in (("rec", found.reconstruction_loss), ("att", found.attention_loss)):
                 if value is not None:
                     terms[key] = terms[key] + value if key in terms else value
+        if self.config.compat == "reference":
+            opposite = {name: 1 - attention for name, attention in seen.attention.items()}
+            front, back = (self.network.foreground(seen.features, by) for by in (seen.attention, opposite))
         return front, back, terms
 
     def _detect(self, features: Features, windows: Windows) -> Terms:
