@@ -132,9 +132,11 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
 )  # fmt: skip
 @click.option(
     "--workload", "workloads", multiple=True,
-    help="loader: 16x224, 64x224, 256x96-long, index, or memory, which only runs when named. May be repeated.",
+    help="loader: 16x224, 64x224, 256x96-long, index, or memory, which only runs when named; kernels: cases, train: "
+    "contenders, with this text in their names. May be repeated.",
 )  # fmt: skip
 @click.option("--tune", is_flag=True, help="loader: look for the fastest data.* settings on this machine instead.")
+@click.option("--batches", type=click.IntRange(1), help="train: batches that are timed  [default: CPU 4, GPU 20]")
 @click.option("--out", type=FOLDER, help="Write the JSON result to this file.")
 @click.option("--repeats", default=3, show_default=True, type=click.IntRange(1))
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -143,11 +145,12 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
     "genkd bench loader --data data/ucf101 --workload 16x224 --json\n"
     "genkd bench loader --tune --data data/ucf101 --workload 64x224\n"
     "genkd bench train --out result.json\n"
-    "genkd bench kernels --repeats 20\n"
+    "genkd bench train --batches 8 --workload distilled\n"
+    "genkd bench kernels --repeats 20 --workload generative_kd\n"
     "genkd bench detect --data thumos_gt.json"
 )
-def bench(what: str, data: Path | None, workloads: tuple[str, ...], tune: bool, out: Path | None, repeats: int,
-          as_json: bool) -> None:  # fmt: skip
+def bench(what: str, data: Path | None, workloads: tuple[str, ...], tune: bool, batches: int | None,
+          out: Path | None, repeats: int, as_json: bool) -> None:  # fmt: skip
     """Measure side by side in one run: the loader against other loaders, sharding, training steps, fused kernels, and
     soft-NMS and mAP of detections.
 
@@ -158,7 +161,7 @@ def bench(what: str, data: Path | None, workloads: tuple[str, ...], tune: bool, 
 
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-    result = run_benchmark(what, data, repeats, workloads, tune=tune)
+    result = run_benchmark(what, data, repeats, workloads, tune=tune, batches=batches)
     if out:
         write_json(out, result)
     click.echo(json.dumps(result, indent=2)) if as_json else show(benchmark_tables(result))

@@ -10,13 +10,20 @@ from ..errors import UserError
 
 
 def run_benchmark(
-    what: str, data: Path | None, repeats: int, workloads: Sequence[str] = (), *, tune: bool = False
+    what: str,
+    data: Path | None,
+    repeats: int,
+    workloads: Sequence[str] = (),
+    *,
+    tune: bool = False,
+    batches: int | None = None,
 ) -> dict[str, Any]:
     """Runs the benchmark `what`: "loader", "shard", "train", "kernels" or "detect"; data: None measures on synthetic
     videos, and for "detect" on a synthetic ground truth.
 
-    workloads: of the loader benchmark; none are its default ones. tune: look for the loader's fastest settings
-    instead. Raises UserError where another benchmark has none of these.
+    workloads: of the loader benchmark, or texts in the names of the kernels' cases or of the contenders in training;
+    none are the default ones. tune: look for the loader's fastest settings instead. batches: timed ones of training.
+    Raises UserError where another benchmark has none of these.
     """
     # Here and not above: a process that measures one thing should not hold the packages of the others.
     from . import detect, kernels, loader, loader_tune, shard, train
@@ -27,10 +34,14 @@ def run_benchmark(
         return loader_tune.run(data, repeats, *workloads)
     if what == "loader":
         return loader.run(data, repeats, workloads)
-    if workloads or tune:
-        raise UserError(f"--workload and --tune are for `genkd bench loader`; `genkd bench {what}` has none")
+    if tune or (workloads and what not in ("train", "kernels")):
+        raise UserError(f"genkd bench {what} has no --{'tune' if tune else 'workload'}; `genkd bench loader` has")
+    if batches and what != "train":
+        raise UserError(f"--batches is for `genkd bench train`; `genkd bench {what}` has none")
+    if what == "train":
+        return train.run(data, repeats, batches=batches, names=workloads)
     if what == "kernels":
         if data is not None:
             raise UserError("genkd bench kernels measures on random tensors; it takes no --data")
-        return kernels.run(repeats)
-    return {"shard": shard.run, "train": train.run, "detect": detect.run}[what](data, repeats)
+        return kernels.run(repeats, names=workloads)
+    return {"shard": shard.run, "detect": detect.run}[what](data, repeats)

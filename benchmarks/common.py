@@ -6,7 +6,7 @@ import contextlib
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..errors import UserError
 from ..preprocessing.synthetic import SynthSettings, synthesize
 
 _PACKAGES = ("torch", "nvidia-dali-cuda120", "av", "numpy", "numba", "pyarrow", "genkd")
@@ -45,6 +46,14 @@ def compare(
              "extra": notes[label]}
         )  # fmt: skip
     return {"benchmark": name, "unit": unit, "about": about, "machine": machine(), "versions": versions(), "rows": rows}
+
+
+def named(names: Sequence[str], texts: Sequence[str], what: str) -> list[str]:
+    """The names with one of the texts in them, or all without any text. Raises UserError for a text in none of them."""
+    for text in texts:
+        if not any(text in name for name in names):
+            raise UserError(f"no {what} has {text!r} in its name; there are {', '.join(names)}")
+    return [name for name in names if not texts or any(text in name for text in texts)]
 
 
 def machine() -> dict[str, Any]:

@@ -11,7 +11,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch._functorch import config as functorch_config
 
 from ..kernels import attention_kd, backend, boundary_max_pool, generative_kd
 from ..kernels import compile as compiler
-from .common import machine, versions
+from .common import machine, named, versions
 
 log = logging.getLogger(__name__)
 
@@ -50,11 +50,20 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"{self.kernel} {'x'.join(map(str, self.shape))} {self.dtype}{' ' + self.layout if self.layout else ''}"
+        return _case_name(self.kernel, self.shape, self.dtype, self.layout)
 
 
-def run(repeats: int = 20, *, on_gpu: bool | None = None, small: bool = False) -> dict[str, Any]:
-    """Measures every case. repeats: of each timing. small: two small cases alone."""
+def _case_name(kernel: str, shape: tuple[int, ...], dtype: str, layout: str = "") -> str:
+    return f"{kernel} {'x'.join(map(str, shape))} {dtype}{' ' + layout if layout else ''}"
+
+
+def run(
+    repeats: int = 20, *, on_gpu: bool | None = None, small: bool = False, names: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Measures every case, or those with one of `names` in theirs. repeats: of each timing. small: two small cases.
+
+    Raises UserError for a name that no case has.
+    """
     on_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
     device = torch.device("cuda" if on_gpu else "cpu")
     clock = _GpuClock() if on_gpu else _CpuClock()
@@ -63,7 +72,9 @@ def run(repeats: int = 20, *, on_gpu: bool | None = None, small: bool = False) -
     # A backward pass is timed again and again on one graph.
     with clock.running(), functorch_config.patch(donated_buffer=False):
         copy = _copy_bandwidth(clock, device, repeats, small)
-        for case in _cases(device, small):
+        plans = _plans(device, small)
+        for name in named(list(plans), names, "case"):
+            case = plans[name]()
             log.info("%s", case.name)
             torch._dynamo.reset()  # each case is one more shape of the same functions
             rows += _measure(case, clock, repeats, copy)
@@ -104,7 +115,8 @@ def resources() -> dict[str, dict[str, Any]]:
     return found
 
 
-def _cases(device: torch.device, small: bool) -> Iterator[Case]:
+def _plans(device: torch.device, small: bool) -> dict[str, Callable[[], Case]]:
+    """By name, how each case is made."""
     gpu = device.type == "cuda"
     numbers = (1, 32, 512) if gpu else (1, 16)
     recognition = [(n, 1024, 8, 7, 7) for n in numbers]
@@ -113,14 +125,18 @@ def _cases(device: torch.device, small: bool) -> Iterator[Case]:
     if small:
         recognition, detection, pooling = [(1, 64, 4, 3, 3)], [], [(1, 8, 16, 5)]
     layouts = ("contiguous", "channels_last_3d") if gpu else ("channels_last_3d",)
+    plans: dict[str, Callable[[], Case]] = {}
     for dtype in DTYPES:
         for layout in layouts:
             for maps, shapes in ((False, recognition), (True, detection)):
                 for shape in shapes:
-                    yield _attention(shape, dtype, layout, device, maps)
-                    yield _generative(shape, dtype, layout, device)
-        for n, channels, steps, segments in pooling:
-            yield _pooling(n, channels, steps, segments, dtype, device)
+                    args = shape, dtype, layout, device
+                    name = _case_name(f"attention_kd {'maps' if maps else 'pooled'}", *args[:3])
+                    plans[name] = functools.partial(_attention, *args, maps)
+                    plans[_case_name("generative_kd", *args[:3])] = functools.partial(_generative, *args)
+        for sizes in pooling:
+            plans[_case_name("boundary_max_pool", sizes, dtype)] = functools.partial(_pooling, *sizes, dtype, device)
+    return plans
 
 
 def _random(shape: tuple[int, ...], dtype: str, layout: str, device: torch.device, seed: int) -> Tensor:

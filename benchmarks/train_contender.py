@@ -2,9 +2,10 @@
 
 clips_per_s: timed over whole batches after one that warms up, waiting for data included. Then, measured apart, as it
 costs time itself: shares (of data, teacher, student, cvae, losses, optimizer, and the rest), each part waited for;
-gflops_a_clip: convolutions and matrix products of one epoch's work on a clip (a multiply-add is 2); utilization: these
-FLOPs a second as a share of what a large matrix product reaches on this device in the same type (above 1 where a
-convolution is faster than that product, as on a noisy machine or by Winograd's way); peak_gb: of the GPU.
+gflops_a_clip: convolutions and matrix products of one epoch's work on a clip (a multiply-add is 2), none where compiled;
+utilization: these FLOPs a second as a share of what a large matrix product reaches on this device in the same type
+(above 1 where a convolution is faster than that product, as on a noisy machine or by Winograd's way); peak_gb: of the
+GPU.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from ..trainers import phases
 from ..trainers.distributed import Ranks, choose_device
 from ..trainers.metrics import Meter
 from ..trainers.step import Stepper
-from .train import OURS, REFERENCE
+from .train import ON_GPU, OURS, REFERENCE
 from .train_reference import ReferenceSchedule
 
 
@@ -71,7 +72,7 @@ class _Contender:
         place, classes = Ranks(0, 1, device), tuple(self.dataset.classes)
         options = [f"data.dataset={job['data']}"]
         is_reference = job["name"] == REFERENCE
-        phase, overrides = ("distill", []) if is_reference else OURS[job["name"]]
+        phase, overrides = ("distill", []) if is_reference else {**OURS, **ON_GPU}[job["name"]]
         if phase == "distill":
             options.append(f"teacher={job['teacher']}")
         self.config = load(job["preset"], phase, [*options, *overrides])
@@ -130,19 +131,26 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         whole = _timed(contender, loader, max(2, count // 2))
         contender.parts.active = False
         shares = {name: value / whole for name, value in sorted(contender.parts.seconds.items())}
-        with FlopCounterMode(display=False) as counter:
-            for number in range(contender.passes):
-                contender.work([first], number)
-    flops = counter.get_total_flops() / first.count
+        flops = _flops(contender, first)
     rate = count * contender.config.batch_size / seconds
     return {
         "clips_per_s": rate,
         "shares": {**shares, "rest": max(0.0, 1 - sum(shares.values()))},
-        "gflops_a_clip": flops / 1e9,
-        "utilization": flops * rate / _matmul_rate(device, contender.dtype),
+        "gflops_a_clip": flops and flops / 1e9,
+        "utilization": flops and flops * rate / _matmul_rate(device, contender.dtype),
         "precision": str(contender.dtype).removeprefix("torch."),
         "peak_gb": peak,
     }
+
+
+def _flops(contender: _Contender, batch: Batch) -> float | None:
+    """Of an epoch's work on a clip; none of what is compiled, which the counter does not see."""
+    if contender.config.compile != "off":
+        return None
+    with FlopCounterMode(display=False) as counter:
+        for number in range(contender.passes):
+            contender.work([batch], number)
+    return counter.get_total_flops() / batch.count
 
 
 def _timed(contender: _Contender, loader: Loader, count: int) -> float:

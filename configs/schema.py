@@ -11,6 +11,8 @@ _Floats = Annotated[tuple[float, ...], BeforeValidator(lambda v: tuple(v) if isi
 _Positive = Annotated[int, Field(ge=1)]
 _Fraction = Annotated[float, Field(ge=0, le=1)]
 _NonNegative = Annotated[float, Field(ge=0)]
+# To YAML, a bare `off` is false.
+_Compile = Annotated[Literal["off", "default", "max-autotune"], BeforeValidator(lambda v: "off" if v is False else v)]
 
 
 class _Frozen(BaseModel):
@@ -204,6 +206,8 @@ class TrainConfig(_Frozen):
         "auto", description="auto: bf16 on a capable GPU, else fp32"
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    compile: _Compile = Field("off", description="torch.compile of what is trained and of the teacher")
+    cuda_graphs: bool = Field(False, description="compiled parts are replayed as CUDA graphs; needs compile")
     grad_clip: _NonNegative = Field(0.0, description="largest gradient norm; 0: no limit")
     log_every: _Positive = Field(10, description="steps")
     checkpoint_every: _Positive = Field(500, description="steps; one is written at every epoch's end too")
@@ -231,6 +235,8 @@ class TrainConfig(_Frozen):
     def _check(self) -> TrainConfig:
         if self.data.dtype == "uint8":
             raise ValueError("data.dtype=uint8 gives pixels as they are; training takes float32 or float16")
+        if self.cuda_graphs and self.compile == "off":
+            raise ValueError("cuda_graphs=true replays what torch.compile made: set compile=default or max-autotune")
         if self.teacher and not self.distills:
             raise ValueError(f"teacher= is for the distill phases; {self.phase} starts from init=")
         if self.detects and self.distill.method in ("logits", "features", "attention-transfer"):

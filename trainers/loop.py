@@ -39,6 +39,8 @@ _FREE_KEYS = (
     "keep_checkpoints",
     "tensorboard",
     "distill.teacher_cache",
+    "compile",
+    "cuda_graphs",
     "kernels.backend",
     "data.decoder_threads",
     "data.pipelines_per_gpu",

@@ -42,6 +42,8 @@ class Stepper:
         """All optimizer steps of one batch; draw, the loader's epoch, and step count from 0. The losses go to the
         meter."""
         config, device, passes = self.config, self.place.device, self.config.passes
+        if config.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         torch.manual_seed(_mix(config.seed, step, self.place.rank))  # dropout's; makes resuming exact
         # Every clip of the global batch weighs the same however unevenly its ranks share it.
         weight = batch.count * self.place.world_size / batch.total

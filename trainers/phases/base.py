@@ -102,7 +102,20 @@ class Phase:
         """Moves everything to the rank's device and wraps what is trained for DDP."""
         for module in (*self.modules.values(), *self.frozen.values()):
             module.to(ranks.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-        self.nets = {name: ranks.wrap(module) for name, module in self.modules.items()}
+        self.nets = {name: self._compiled(ranks.wrap(module)) for name, module in self.modules.items()}
+        if self.config.compile != "off":
+            for module in self.frozen.values():
+                module.compile(**self._compile_options)
+
+    def _compiled(self, module: nn.Module) -> nn.Module:
+        # Around DDP and not inside of it, so that its graph is cut where buckets of gradients are complete. Evaluation
+        # calls the bare modules, whose batches have other sizes.
+        return module if self.config.compile == "off" else torch.compile(module, **self._compile_options)
+
+    @property
+    def _compile_options(self) -> dict[str, Any]:
+        options = {"max_autotune": self.config.compile == "max-autotune", "triton.cudagraphs": self.config.cuda_graphs}
+        return {"dynamic": False, "options": options}
 
     def train(self) -> None:
         """Trained modules to training mode; frozen ones stay in eval mode."""
