@@ -95,7 +95,7 @@ def resources() -> dict[str, dict[str, Any]]:
     "failed", why an architecture has none."""
     types = {"FEATURE": "bf16", "RECONSTRUCTION": "float", "TAUGHT": "float", "LATENT": "bf16", "ATTENTION": "bf16"}
     sources: list[tuple[str, str, compiler.Defines]] = [
-        ("boundary_max_pool", "", {"WIDTH": 1, "ELEMENT": "bf16", "SEGMENT": "float"}),
+        ("boundary_max_pool", "", {"WIDTH": 1, "LANES": 1, "ELEMENT": "bf16", "SEGMENT": "float"}),
         ("generative_kd", "", {"WIDTH": 8, "HAS_TEACHER": 1, **types}),
     ]
     for last in (0, 1):

@@ -16,6 +16,7 @@ from ..configs.schema import DataConfig
 from ..errors import UserError
 from ..pipelines.graph import choose_decoder
 from ..pipelines.loader import Loader
+from ..pipelines.streams import kinds
 from ..preprocessing.shards import Dataset
 from .common import machine, versions
 from .loader_data import SPLIT, SYNTHETIC, WORKLOADS, synthetic_set
@@ -54,10 +55,10 @@ def run(data: Path | None, repeats: int, workload: str = "16x224") -> dict[str, 
 
 def knobs(dataset: Dataset, device: str, cores: int) -> list[list[Settings]]:
     """Groups of settings; of each group one is chosen, the first unless another is clearly faster."""
-    codecs = dataset.table["codec"].take(dataset.rows(SPLIT)).unique().to_pylist()
-    decoders: list[Settings] = [{"decoder": choose_decoder("auto", codecs, device)}]
+    videos = kinds(dataset, dataset.rows(SPLIT))
+    decoders: list[Settings] = [{"decoder": choose_decoder("auto", videos, device)}]
     try:
-        choose_decoder("dali", codecs, device)
+        choose_decoder("dali", videos, device)
     except UserError:
         pass
     else:

@@ -2,7 +2,7 @@
 
 clips_per_s: timed over whole batches after one that warms up, waiting for data included. Then, measured apart, as it
 costs time itself: shares (of data, teacher, student, cvae, losses, optimizer, and the rest), each part waited for;
-gflops_a_clip: convolutions and matrix products of one epoch's work on a clip (a multiply-add is 2), none where compiled;
+gflops_a_clip: convolutions and matrix products of one epoch's work on a clip (a multiply-add is 2), if not compiled;
 utilization: these FLOPs a second as a share of what a large matrix product reaches on this device in the same type
 (above 1 where a convolution is faster than that product, as on a noisy machine or by Winograd's way); peak_gb: of the
 GPU.

@@ -15,7 +15,7 @@ from . import backend
 from . import compile as compiler
 from .tensors import TYPES, same_device, takes
 
-_LANES = 8  # as in boundary_max_pool.cu
+_LONG = 512  # steps from which a stretch may be long enough for several threads
 
 
 def boundary_max_pool(features: Tensor, segments: Tensor) -> Tensor:
@@ -176,10 +176,10 @@ def _forward_kernels(features: Tensor, segments: Tensor) -> tuple[Tensor, Tensor
     shape = (n, channels, segments.shape[1])
     maxima, arguments = features.new_empty(shape), features.new_empty(shape, dtype=torch.int32)
     if maxima.numel():
-        blocks = math.ceil(maxima.numel() * _LANES / compiler.THREADS)
-        _library(features.dtype, segments.dtype, features.device).launch(
-            "boundary_max_pool", blocks, compiler.THREADS,
-            features, segments, maxima, arguments, n, channels, time, segments.shape[1],
+        count, lanes = segments.shape[1], 1 if time <= _LONG else 8
+        _library(features.dtype, segments.dtype, features.device, lanes).launch(
+            "boundary_max_pool", n * channels, _threads(count * lanes),
+            features, segments, maxima, arguments, channels, time, count,
         )  # fmt: skip
     return maxima, arguments
 
@@ -189,11 +189,18 @@ def _backward_kernels(grad: Tensor, arguments: Tensor, time: int) -> Tensor:
     n, channels, count = grad.shape
     result = grad.new_empty((n, channels, time))
     _library(grad.dtype, torch.float32, grad.device).launch(
-        "boundary_max_pool_grad", n * channels, compiler.THREADS, grad, arguments, result, time, count
+        "boundary_max_pool_grad", n * channels, _threads(time), grad, arguments, result, time, count
     )
     return result
 
 
-def _library(dtype: torch.dtype, segments: torch.dtype, device: torch.device) -> compiler.Kernels:
-    defines: compiler.Defines = {"WIDTH": 1, "ELEMENT": TYPES[dtype], "SEGMENT": TYPES[segments]}
+def _threads(wanted: int) -> int:
+    """Of a block: whole warps, no more than it can use."""
+    return min(compiler.THREADS, 32 * math.ceil(wanted / 32))
+
+
+def _library(dtype: torch.dtype, segments: torch.dtype, device: torch.device, lanes: int = 1) -> compiler.Kernels:
+    defines: compiler.Defines = {
+        "WIDTH": 1, "ELEMENT": TYPES[dtype], "SEGMENT": TYPES[segments], "LANES": lanes,
+    }  # fmt: skip
     return compiler.library("boundary_max_pool", defines, device)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from nvidia.dali import fn, pipeline_def, types
@@ -13,8 +15,12 @@ from nvidia.dali.pipeline import Pipeline
 from ..configs.schema import DataConfig
 from ..errors import UserError
 
+log = logging.getLogger(__name__)
+
+BLOCK = 16  # pixels; see preprocessing.video
 CPU_CODECS = ("vp8", "vp9", "mjpeg")
 GPU_CODECS = (*CPU_CODECS, "av1", "mpeg4", "h264", "hevc")
+MOST_UNEVEN = 0.1  # share of videos for which DALI cannot use a decoder again, beside which it is still the fastest
 _TYPES = {"float32": types.FLOAT, "float16": types.FLOAT16}
 
 
@@ -43,21 +49,59 @@ class Spec:
         return given
 
 
-def choose_decoder(wanted: str, codecs: Collection[str], device: str) -> str:
-    """ "dali", "pyav" or "hybrid" for videos of some codecs and a device ("cpu" or "cuda").
+class Kind(NamedTuple):
+    """Videos alike: their codec, width and height in pixels, and how many there are."""
 
-    "auto" is DALI on a GPU that decodes them all, and PyAV on CPU cores: there it takes half of the time that DALI's
-    decoder and resizing take (benchmarks/results). Raises UserError where DALI was asked for in vain.
+    codec: str
+    width: int
+    height: int
+    count: int
+
+    @property
+    def least(self) -> tuple[int, int]:
+        """Smallest width and height that NVDEC decodes (NVIDIA's video codec SDK, Hopper)."""
+        return {"hevc": (144, 144), "vp9": (128, 128), "av1": (128, 128)}.get(self.codec, (48, 16))
+
+    @property
+    def uneven(self) -> bool:
+        """Whether DALI cannot use an NVDEC decoder again. Of MJPEG, every frame is a picture of its own."""
+        return self.codec != "mjpeg" and bool(self.width % BLOCK or self.height % BLOCK)
+
+
+def choose_decoder(wanted: str, kinds: Sequence[Kind], device: str) -> str:
+    """ "dali", "pyav" or "hybrid" for the videos that will be read, on a device ("cpu" or "cuda").
+
+    "auto" is DALI on a GPU for videos that NVDEC decodes and whose decoders DALI can use again, and PyAV on CPU cores:
+    there it takes half of the time that DALI's decoder and resizing take (benchmarks/results). Raises UserError where
+    DALI was asked for in vain.
     """
-    unknown = sorted(set(codecs).difference(GPU_CODECS if device == "cuda" else CPU_CODECS))
-    if wanted in ("dali", "hybrid") and unknown:
-        raise UserError(
-            f"data.decoder={wanted}: DALI does not decode {', '.join(unknown)} on {device}; use data.decoder=pyav, "
-            "or shard with --codec vp9"
+    on_gpu = device == "cuda"
+    unknown = sorted({kind.codec for kind in kinds}.difference(GPU_CODECS if on_gpu else CPU_CODECS))
+    problem = f"DALI does not decode {', '.join(unknown)} on {device}" if unknown else ""
+    small = next((kind for kind in kinds if kind.width < kind.least[0] or kind.height < kind.least[1]), None)
+    if on_gpu and small and not problem:
+        problem = (
+            f"NVDEC decodes {small.codec} from {small.least[0]}x{small.least[1]} pixels on, and there are videos of "
+            f"{small.width}x{small.height}"
         )
+    if wanted in ("dali", "hybrid") and problem:
+        raise UserError(
+            f"data.decoder={wanted}: {problem}; use data.decoder=pyav, or shard with --codec vp9"
+            + (" and a larger --short-side" if small else "")
+        )
+    uneven = sum(kind.count for kind in kinds if kind.uneven) / max(1, sum(kind.count for kind in kinds))
+    found = wanted
     if wanted == "auto":
-        return "dali" if device == "cuda" and not unknown else "pyav"
-    return wanted
+        found = "dali" if on_gpu and not problem and uneven <= MOST_UNEVEN else "pyav"
+    if on_gpu and wanted != "pyav" and problem:
+        log.warning("%s, so data.decoder=auto decodes on CPU cores", problem)
+    elif on_gpu and wanted != "pyav" and uneven > MOST_UNEVEN:
+        log.warning(
+            "%.0f %% of the videos have sides that are no multiples of %d: DALI makes a new NVDEC decoder for each of "
+            "their clips, which takes many times as long%s; `genkd shard dataset` with --short-side 256 mends them",
+            100 * uneven, BLOCK, ", so data.decoder=auto decodes on CPU cores" if wanted == "auto" else "",
+        )  # fmt: skip
+    return found
 
 
 def build(source: Callable[[], tuple], config: DataConfig, spec: Spec, device: torch.device) -> Pipeline:

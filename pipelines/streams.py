@@ -51,8 +51,7 @@ class Stream:
         own = rows if self._row_of is None else self._row_of[rows]
         self._scale = None if of is None else (shapes(of), shapes(dataset))
         require_readable(dataset, own)
-        codecs = pc.unique(dataset.table["codec"].take(pa.array(own))).to_pylist()
-        self.decoder = graph.choose_decoder(config.decoder, codecs, device.type)
+        self.decoder = graph.choose_decoder(config.decoder, kinds(dataset, own), device.type)
         remote = not isinstance(dataset.storage, LocalStorage)
         cache = None
         if config.cache_dir and remote:
@@ -132,6 +131,13 @@ class Stream:
         x, y = own_width / width, own_height / height
         top, left, bottom, right = sample.crop
         return top * y, left * x, bottom * y, right * x
+
+
+def kinds(dataset: Dataset, rows: np.ndarray) -> list[graph.Kind]:
+    """What videos there are among these rows of the index."""
+    table = dataset.table.select(["codec", "width", "height"]).take(pa.array(rows))
+    groups = table.group_by(["codec", "width", "height"]).aggregate([([], "count_all")])
+    return [graph.Kind(*(row[name] for name in (*table.column_names, "count_all"))) for row in groups.to_pylist()]
 
 
 def _filler(config: DataConfig, flow: bool, device: torch.device) -> torch.Tensor:

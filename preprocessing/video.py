@@ -23,6 +23,10 @@ CODECS = ("h264", "hevc", "vp9", "mjpeg", "copy")
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow", "placebo")
 # x264 takes 0 for lossless, and writes a profile then that NVDEC does not decode.
 _CRF_RANGES = {"h264": (1, 51), "copy": (1, 51), "hevc": (0, 51), "vp9": (0, 63), "mjpeg": (0, 63)}
+# H.264 is coded in blocks of 16 pixels. DALI uses an NVDEC decoder again only where videos fill theirs: it looks for
+# the coded size among shown sizes, and making a new one takes a good part of a tenth of a second.
+BLOCK = 16
+_LEAST_ROUNDED = 128  # short side from which the long one is rounded to blocks: a change of shape of 6 % at the most
 # One fragment a key frame; no trailing index, so that the payload ends with its last GOP.
 MUXER = {"movflags": "frag_keyframe+empty_moov+default_base_moof+skip_trailer", "fflags": "+bitexact"}
 
@@ -30,6 +34,8 @@ MUXER = {"movflags": "frag_keyframe+empty_moov+default_base_moof+skip_trailer", 
 @dataclass(frozen=True)
 class VideoSettings:
     """How videos are stored. short_side: pixels, 0 keeps the source's size; fps: None keeps the source's rate.
+
+    Beside a short side of whole blocks of 16 pixels the long one is rounded to whole blocks too.
 
     size: "WIDTHxHEIGHT" stretches to exactly that, whatever the shape; it wins over short_side. codec "copy" takes
     sources that already fit as they are. modality: "flow" for arrays of optical flow.
@@ -141,7 +147,7 @@ def output_rate(frames: Frames, settings: VideoSettings) -> Fraction:
 
 
 def output_size(frames: Frames, settings: VideoSettings) -> tuple[int, int]:
-    """Width and height in square pixels, even, as asked for."""
+    """Width and height in square pixels, as asked for: even, or whole blocks (see VideoSettings)."""
     if settings.size:
         return settings.exact_size
     first = frames.first
@@ -152,10 +158,13 @@ def output_size(frames: Frames, settings: VideoSettings) -> tuple[int, int]:
         raise VideoError("open", "flow cannot be scaled once it is computed; use --short-side 0")
     scale = settings.short_side / min(width, height) if settings.short_side else 1.0
 
-    def even(value: float) -> int:
-        return max(2, 2 * math.floor(value * scale / 2 + 0.5))
+    blocks = settings.short_side >= _LEAST_ROUNDED and settings.short_side % BLOCK == 0
+    step = BLOCK if blocks else 2
 
-    width, height = even(width), even(height)
+    def rounded(value: float) -> int:
+        return max(step, step * math.floor(value * scale / step + 0.5))
+
+    width, height = rounded(width), rounded(height)
     if max(width, height) > 16 * min(width, height):
         raise VideoError("decode", f"frames of {first.width}x{first.height} are too narrow to be a video")
     return width, height

@@ -15,7 +15,7 @@ from genkd.kernels import compile as compiler
 
 pytest.importorskip("cuda.core")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-POOL = {"WIDTH": 1, "ELEMENT": "bf16", "SEGMENT": "float"}
+POOL = {"WIDTH": 1, "LANES": 1, "ELEMENT": "bf16", "SEGMENT": "float"}
 
 
 def variants(types=(("bf16", "float", "bf16"),), widths=(8,), with_made=(1,)):

@@ -133,9 +133,12 @@ def test_variable_frame_rate_becomes_constant(tmp_path):
 
 @pytest.mark.parametrize(
     ("size", "short_side", "expected"),
-    [((320, 240), 256, (342, 256)), ((240, 320), 256, (256, 342)), ((64, 48), 0, (64, 48)), ((50, 34), 48, (70, 48))],
-)
-def test_the_short_side_is_as_asked_and_sides_are_even(tmp_path, size, short_side, expected):
+    [
+        ((320, 240), 256, (336, 256)), ((240, 320), 256, (256, 336)),  # whole blocks, for NVDEC
+        ((320, 240), 250, (334, 250)), ((64, 48), 0, (64, 48)), ((50, 34), 48, (70, 48)),
+    ],
+)  # fmt: skip
+def test_the_short_side_is_as_asked_and_sides_are_even_or_whole_blocks(tmp_path, size, short_side, expected):
     sink = Memory()
     encoded = transcode(
         source(counting_video(tmp_path / "a.mp4", 3, size=size)), sink, VideoSettings(short_side=short_side)
