@@ -64,7 +64,8 @@ class DataConfig(_Frozen):
         0, description="K: shuffle the shards, then videos within each K of them, for remote storage; 0: all videos"
     )
     decoder: Literal["auto", "dali", "pyav", "hybrid"] = Field(
-        "auto", description="auto: DALI (NVDEC) on a GPU where it can, else PyAV; hybrid: both share each batch"
+        "auto",
+        description="auto: DALI (NVDEC) on a GPU for frames of a megapixel or more, else PyAV; hybrid: both share each batch",
     )
     hybrid_share: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.25, description="hybrid: share of a batch that PyAV decodes on CPU cores"

@@ -327,6 +327,9 @@ def nvdec_sets(videos, tmp_path_factory):
     return rgb, Dataset.open(out / "flow")
 
 
+PYAV = {"decoder": "pyav"}
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "update",
@@ -336,7 +339,7 @@ def test_every_way_of_decoding_on_a_gpu_shows_the_same_clips(nvdec_sets, update)
     rgb, flow = nvdec_sets
     found = {}
     for device in ("cuda", "cpu"):
-        config = CONFIG.model_copy(update=update if device == "cuda" else {**update, "decoder": "pyav"})
+        config = CONFIG.model_copy(update={"decoder": "dali", **update, **({} if device == "cuda" else PYAV)})
         with loader(rgb, flow=flow, config=config, device=device) as batches:
             got = list(batches)
             assert all(batch.clips.device.type == device and batch.flow.device.type == device for batch in got)
@@ -348,7 +351,8 @@ def test_every_way_of_decoding_on_a_gpu_shows_the_same_clips(nvdec_sets, update)
 @pytest.mark.gpu
 def test_detection_windows_on_a_gpu(nvdec_sets):
     rgb, _ = nvdec_sets
-    with loader(rgb, config=DETECTION, detection=True, training=False, device="cuda") as batches:
+    config = DETECTION.model_copy(update={"decoder": "dali"})
+    with loader(rgb, config=config, detection=True, training=False, device="cuda") as batches:
         for batch in batches:
             assert batch.clips.shape[2] == 24 and batch.windows.offsets.device.type == "cpu"
 
@@ -358,7 +362,7 @@ def test_fifty_loaders_leave_no_gpu_memory(nvdec_sets):
     rgb, _ = nvdec_sets
     free = []
     for _ in range(50):
-        with loader(rgb, batch_size=2, device="cuda") as batches:
+        with loader(rgb, config=CONFIG.model_copy(update={"decoder": "dali"}), batch_size=2, device="cuda") as batches:
             next(iter(batches))
         del batches
         torch.cuda.synchronize()
