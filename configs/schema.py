@@ -65,7 +65,7 @@ class DataConfig(_Frozen):
     )
     decoder: Literal["auto", "dali", "pyav", "hybrid"] = Field(
         "auto",
-        description="auto: DALI (NVDEC) on a GPU for frames of a megapixel or more, else PyAV; hybrid: both share each batch",
+        description="auto: DALI (NVDEC) on a GPU from a megapixel a frame on, else PyAV; hybrid: both share each batch",
     )
     hybrid_share: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.25, description="hybrid: share of a batch that PyAV decodes on CPU cores"

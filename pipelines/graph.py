@@ -21,8 +21,8 @@ BLOCK = 16  # pixels; see preprocessing.video
 CPU_CODECS = ("vp8", "vp9", "mjpeg")
 GPU_CODECS = (*CPU_CODECS, "av1", "mpeg4", "h264", "hevc")
 MOST_UNEVEN = 0.1  # share of videos for which DALI cannot use a decoder again
-# Mean pixels of a frame from which NVDEC through DALI should beat eight CPU cores. On an H100 it gave 660 frames a
-# second of 448x256 pixels where they gave 6,100; their time grows with the pixels.
+# Mean pixels of a frame from which NVDEC through DALI should beat eight CPU cores. On an H100 it gave 660 frames of
+# 448x256 a second where they gave 6,100; their time grows with the pixels.
 LARGE = 1_000_000
 _TYPES = {"float32": types.FLOAT, "float16": types.FLOAT16}
 
@@ -58,7 +58,7 @@ class Kind(NamedTuple):
     codec: str
     width: int
     height: int
-    count: int
+    number: int
 
     @property
     def least(self) -> tuple[int, int]:
@@ -92,15 +92,15 @@ def choose_decoder(wanted: str, kinds: Sequence[Kind], device: str) -> str:
             f"data.decoder={wanted}: {problem}; use data.decoder=pyav, or shard with --codec vp9"
             + (" and a larger --short-side" if small else "")
         )
-    count = max(1, sum(kind.count for kind in kinds))
-    uneven = sum(kind.count for kind in kinds if kind.uneven) / count
+    count = max(1, sum(kind.number for kind in kinds))
+    uneven = sum(kind.number for kind in kinds if kind.uneven) / count
     if wanted == "auto":
-        pixels = sum(kind.count * kind.width * kind.height for kind in kinds) / count
+        pixels = sum(kind.number * kind.width * kind.height for kind in kinds) / count
         return "dali" if on_gpu and not problem and uneven <= MOST_UNEVEN and pixels >= LARGE else "pyav"
     if on_gpu and wanted != "pyav" and uneven > MOST_UNEVEN:
         log.warning(
-            "%.0f %% of the videos have sides that are no multiples of %d pixels, so DALI makes a new NVDEC decoder for "
-            "each of their clips; `genkd shard dataset` with --short-side 256 mends them, data.decoder=pyav does without",
+            "%.0f %% of the videos have sides that are no multiples of %d pixels, so DALI makes a new NVDEC decoder "
+            "for each of their clips; `genkd shard dataset --short-side 256` mends them, data.decoder=pyav does without",
             100 * uneven, BLOCK,
         )  # fmt: skip
     return wanted

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -110,7 +110,9 @@ class Phase:
     def _compiled(self, module: nn.Module) -> nn.Module:
         # Around DDP and not inside of it, so that its graph is cut where buckets of gradients are complete. Evaluation
         # calls the bare modules, whose batches have other sizes.
-        return module if self.config.compile == "off" else torch.compile(module, **self._compile_options)
+        return (
+            module if self.config.compile == "off" else cast(nn.Module, torch.compile(module, **self._compile_options))
+        )
 
     @property
     def _compile_options(self) -> dict[str, Any]:
