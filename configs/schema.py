@@ -188,6 +188,19 @@ class DistillConfig(_Frozen):
     )
 
 
+class RanksConfig(_Frozen):
+    """How the ranks of a run work together; without torchrun there is one."""
+
+    timeout_s: Annotated[float, Field(gt=0)] = Field(
+        600.0, description="seconds without progress after which a rank names the one it waits for, and all end"
+    )
+    affinity: Literal["auto", "off"] = Field(
+        "auto", description="auto: the ranks of a node share out its cores, those near each one's GPU first"
+    )
+    compression: Literal["none", "bf16"] = Field("none", description="type in which gradients are reduced")
+    sync_bn: bool = Field(False, description="batch norm's statistics over all ranks; on GPUs")
+
+
 class TrainConfig(_Frozen):
     """Everything that decides a training run."""
 
@@ -203,8 +216,13 @@ class TrainConfig(_Frozen):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     epochs: _Positive = 50
     batch_size: _Positive = Field(16, description="clips a step over all ranks")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="auto: bf16 on a capable GPU, else fp32"
+    micro_batch: Annotated[int, Field(ge=0)] = Field(
+        0, description="clips that a rank takes at once, whose gradients add up to a step's; 0: all of its share"
+    )
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = Field(
+        "auto",
+        description="auto: bf16 on a capable GPU, else fp32; tf32: fp32 whose products a GPU rounds to 10 bits, as it "
+        "also does beside bf16 and fp16",
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: _Compile = Field("off", description="torch.compile of what is trained and of the teacher")
@@ -229,6 +247,7 @@ class TrainConfig(_Frozen):
     distill: DistillConfig = DistillConfig()
     loss: LossConfig = LossConfig()
     kernels: KernelsConfig = KernelsConfig()
+    ranks: RanksConfig = RanksConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     cvae_optimizer: OptimizerConfig = OptimizerConfig(name="adamw", lr=1e-4)
 
@@ -238,6 +257,9 @@ class TrainConfig(_Frozen):
             raise ValueError("data.dtype=uint8 gives pixels as they are; training takes float32 or float16")
         if self.cuda_graphs and self.compile == "off":
             raise ValueError("cuda_graphs=true replays what torch.compile made: set compile=default or max-autotune")
+        if self.micro_batch and (self.detects or self.compat == "reference"):
+            what = "a detector's losses count the actions" if self.detects else "compat=reference's losses add up"
+            raise ValueError(f"micro_batch: {what} of a whole batch, which cannot be taken in parts")
         if self.teacher and not self.distills:
             raise ValueError(f"teacher= is for the distill phases; {self.phase} starts from init=")
         if self.detects and self.distill.method in ("logits", "features", "attention-transfer"):

@@ -83,6 +83,7 @@ def windows(
         model.eval()
     with torch.inference_mode():
         for batch in loader:
+            place.alive()
             assert batch.windows is not None
             clips = [batch.clips] if batch.flow is None else [batch.clips, batch.flow]
             with torch.autocast(place.device.type, dtype, enabled=dtype != torch.float32):

@@ -77,6 +77,7 @@ def evaluate(
     model.eval()
     with torch.inference_mode():
         for batch in loader:
+            place.alive()
             with torch.autocast(place.device.type, dtype, enabled=dtype != torch.float32):
                 clips = batch.clips.float() if dtype == torch.float32 else batch.clips
                 output = model(clips)

@@ -100,7 +100,7 @@ def choose_decoder(wanted: str, kinds: Sequence[Kind], device: str) -> str:
     if on_gpu and wanted != "pyav" and uneven > MOST_UNEVEN:
         log.warning(
             "%.0f %% of the videos have sides that are no multiples of %d pixels, so DALI makes a new NVDEC decoder "
-            "for each of their clips; `genkd shard dataset --short-side 256` mends them, data.decoder=pyav does without",
+            "for each of their clips; `genkd shard dataset --short-side 256` mends that, data.decoder=pyav avoids it",
             100 * uneven, BLOCK,
         )  # fmt: skip
     return wanted

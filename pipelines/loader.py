@@ -46,6 +46,15 @@ class Batch:
     flow: torch.Tensor | None = None
     windows: Windows | None = None
 
+    def split(self, size: int) -> list[Batch]:
+        """Its samples in turn, `size` at the most in each part; of clips and flow alone, not of windows."""
+        if not size or len(self.clips) <= size:
+            return [self]
+        assert self.windows is None
+        flows = [None] * -(-len(self.clips) // size) if self.flow is None else list(self.flow.split(size))
+        parts = zip(self.clips.split(size), self.labels.split(size), self.ids.split(size), flows, strict=True)
+        return [Batch(clips, labels, ids, len(ids), self.total, flow) for clips, labels, ids, flow in parts]
+
 
 @dataclass(frozen=True)
 class Windows:

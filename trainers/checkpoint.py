@@ -1,23 +1,77 @@
-"""Training state on disk: written atomically, rotated, read with weights_only."""
+"""Training state on disk: written atomically beside the training, with a digest, rotated, read with weights_only."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import pickle
 import re
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import UserError, explain_os_error
-from ..files import replacing
+from ..files import replacing, sha256_of, write_atomically
 
 log = logging.getLogger(__name__)
 
 
+class Writer:
+    """Saves checkpoints in a thread of its own, one at a time, from a copy on the host, while training goes on.
+
+    What goes wrong there is raised by the next call. finish() it, or close() where that no longer matters.
+    """
+
+    def __init__(self, folder: Path, keep: int):
+        self._folder, self._keep = folder, keep
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="genkd-checkpoint")
+        self._pending: Future | None = None
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Waits for the one before, copies the state, and returns. Raises UserError as save() does."""
+        self.finish()
+        self._pending = self._thread.submit(save, self._folder, step, _copied(state), self._keep)
+
+    def finish(self) -> None:
+        """Until what was given is on the disk. Raises UserError as save() does."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def close(self) -> None:
+        """Waits for the thread without asking how it fared."""
+        self._thread.shutdown()
+
+
+def _copied(state: Any) -> Any:
+    """The same with tensors of its own, on the CPU."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {name: _copied(value) for name, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(_copied(value) for value in state)
+    return state
+
+
+class _Hashing:
+    """A file to write to that knows its content's SHA-256."""
+
+    def __init__(self, file: Any):
+        self._file, self.digest = file, hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
 def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Writes step-N.pt so that it is whole or absent, and removes all but the `keep` newest.
+    """Writes step-N.pt so that it is whole or absent, its digest beside it, and removes all but the `keep` newest.
 
     Raises UserError when the disk is full; what was there before stays.
     """
@@ -25,8 +79,13 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     path = folder / f"step-{step:08d}.pt"
     try:
         with replacing(path) as temporary, open(temporary, "wb") as file:
-            torch.save(state, file)
+            hashing: Any = _Hashing(file)
+            torch.save(state, hashing)
+            # Before the checkpoint gets its name: without a digest it could not be told from a damaged one.
+            write_atomically(_digest_file(path), f"{hashing.digest.hexdigest()}\n".encode())
     except (OSError, RuntimeError) as error:
+        if not path.exists():
+            _digest_file(path).unlink(missing_ok=True)
         # torch's zip writer turns the system's error into a RuntimeError with the original one as its context.
         cause = error if isinstance(error, OSError) else error.__context__
         if isinstance(cause, OSError):
@@ -34,7 +93,12 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
         raise
     for _, old in _checkpoints(folder)[:-keep]:
         old.unlink()
+        _digest_file(old).unlink(missing_ok=True)
     return path
+
+
+def _digest_file(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
 
 
 def set_aside(folder: Path, step: int) -> None:
@@ -58,6 +122,10 @@ def load_newest(folder: Path) -> dict[str, Any] | None:
     found = _checkpoints(folder)
     for _, path in reversed(found):
         try:
+            if _digest_file(path).is_file():  # older checkpoints have none
+                said = _digest_file(path).read_text(encoding="ascii", errors="replace").strip()
+                if sha256_of(path) != said:
+                    raise ValueError("its content is not what was written")
             return torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
             log.warning("checkpoint %s is damaged (%s); trying the one before it", path, repr(error)[:200])

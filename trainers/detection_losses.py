@@ -6,7 +6,7 @@ Lin et al., "Learning Salient Boundary Feature for Anchor-free Temporal Action L
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -63,11 +63,25 @@ def match(output: DetectorOutput, targets: Targets, clip_length: int, overlap: f
     return Matched(wanted, conf, prop_loc, prop_conf)
 
 
+def one_at_least(counts: Tensor) -> Tensor:
+    """What sums are divided by: the counts themselves, but 1 for none."""
+    return counts.clamp(min=1)
+
+
 def multi_segment(
-    output: DetectorOutput, targets: Targets, clip_length: int, *, overlap: float = 0.5, compat: str = "none"
+    output: DetectorOutput,
+    targets: Targets,
+    clip_length: int,
+    *,
+    overlap: float = 0.5,
+    compat: str = "none",
+    divisors: Callable[[Tensor], Tensor] = one_at_least,
 ) -> dict[str, Tensor]:
     """loc (GIoU), conf (focal), prop_loc (L1), prop_conf (focal) and center (quality), each a sum over the batch's
-    anchors divided by the number that are an action, 1 at least; float32. With several ranks each divides by its own.
+    anchors divided by the number that are an action; float32.
+
+    divisors: from these numbers, (2,) of the anchors and of their refinements, to what is divided by, with which
+    several ranks count together.
 
     center learns the IoU of an anchor's refined segment with its action. compat "reference" lets gradients through
     that IoU to loc and prop_loc.
@@ -75,7 +89,7 @@ def multi_segment(
     matched = match(output, targets, clip_length, overlap)
     loc, prop_loc = output.loc.float(), output.prop_loc.float()
     positive, refined = (matched.conf > 0), (matched.prop_conf > 0)
-    count, refined_count = (mask.sum().clamp(min=1) for mask in (positive, refined))
+    count, refined_count = divisors(torch.stack([positive.sum(), refined.sum()])).unbind()
 
     def total(values: Tensor, mask: Tensor) -> Tensor:
         return torch.where(mask, values, 0).sum()

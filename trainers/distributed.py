@@ -5,35 +5,65 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import re
+import socket
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
+from ..configs.schema import RanksConfig
 from ..errors import UserError, explain_os_error
+from . import affinity
+from .watchdog import Watchdog
+
+# What PyTorch says in a rank whose peer is gone.
+_LOST = re.compile(r"connection (closed|reset|refused)|timed out|broken pipe|NCCL error|socket", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place: rank of world_size, and its device."""
+    """This process's place: rank of world_size, and its device.
+
+    control: a group on CPUs for words between ranks, beside that of the gradients; watchdog: what names a rank that
+    the others wait for. Both are none in a process of its own.
+    """
 
     rank: int
     world_size: int
     device: torch.device
+    config: RanksConfig = field(default_factory=RanksConfig)
+    control: Any = None
+    watchdog: Watchdog | None = None
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def wrap(self, module: nn.Module) -> nn.Module:
-        """The module under DDP where there is more than one rank."""
+    def wrap(self, module: nn.Module, *, static: bool = False) -> nn.Module:
+        """The module under DDP where there is more than one rank. static: each step uses the same parameters.
+
+        Raises UserError for sync_bn without GPUs, for which PyTorch has none.
+        """
         if self.world_size == 1:
             return module
-        devices = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True)
+        on_gpu = self.device.type == "cuda"
+        if self.config.sync_bn:
+            if not on_gpu:
+                raise UserError("ranks.sync_bn=true needs GPUs; on CPUs use model.freeze_bn=always, or leave it")
+            module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        wrapped = DistributedDataParallel(
+            module, device_ids=[self.device.index] if on_gpu else None, gradient_as_bucket_view=True,
+            static_graph=static,
+        )  # fmt: skip
+        if self.config.compression == "bf16":
+            wrapped.register_comm_hook(None, default_hooks.bf16_compress_hook)
+        return wrapped
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """values added up over all ranks."""
@@ -46,7 +76,7 @@ class Ranks:
         if self.world_size == 1:
             return [value]
         values: list = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.control)
         return values
 
     def on_main(self, action: Callable[[], object]) -> None:
@@ -70,6 +100,42 @@ class Ranks:
             for buffer in module.buffers():
                 dist.broadcast(buffer, 0)
 
+    def progress(self, doing: str, step: int, order: int) -> None:
+        """Tells the watchdog what this rank goes on with; order: of the things in a step, below 8."""
+        if self.watchdog:
+            self.watchdog.progress(f"{doing} (step {step + 1})", 8 * step + order)
+
+    def alive(self) -> None:
+        """Tells the watchdog that this rank is not stuck, in a part whose length is a rank's own."""
+        if self.watchdog:
+            self.watchdog.alive()
+
+
+class Agreement:
+    """What all ranks know of each other's numbers without waiting: each call gives the largest of the call before."""
+
+    def __init__(self, place: Ranks):
+        self._place = place
+        self._pending: tuple[Any, torch.Tensor] | None = None
+
+    def __call__(self, number: int) -> int:
+        """A single process gets its own number back at once; a rank of several gets 0 from its first call."""
+        if self._place.world_size == 1:
+            return number
+        found = self.close()
+        value = torch.tensor(number)
+        self._pending = dist.all_reduce(value, dist.ReduceOp.MAX, self._place.control, async_op=True), value
+        return found
+
+    def close(self) -> int:
+        """Waits for what is under way, and gives its result."""
+        if self._pending is None:
+            return 0
+        work, value = self._pending
+        self._pending = None
+        work.wait()
+        return int(value)
+
 
 def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
     """The device for "auto", "cpu" or "cuda". Raises UserError for a GPU that is not there."""
@@ -85,28 +151,75 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
 
 
 def precision(wanted: str, device: torch.device) -> torch.dtype:
-    """The autocast type for "auto", "fp32", "bf16" or "fp16". Raises UserError for fp16 without a GPU."""
+    """The autocast type for "auto", "fp32", "tf32", "bf16" or "fp16". Raises UserError for what needs a GPU."""
     if wanted == "auto":
         capable = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if capable else torch.float32
-    if wanted == "fp16" and device.type == "cpu":
-        raise UserError("precision=fp16 needs a GPU; use fp32 or bf16 on a CPU")
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[wanted]
+    if wanted in ("fp16", "tf32") and device.type == "cpu":
+        raise UserError(f"precision={wanted} needs a GPU; use fp32 or bf16 on a CPU")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(wanted, torch.float32)
+
+
+def round_products(wanted: str) -> None:
+    """Lets GPUs round fp32 products to TF32, unless precision is "fp32" or an "auto" that comes to it."""
+    exact = wanted == "fp32"
+    torch.set_float32_matmul_precision("highest" if exact else "high")
+    torch.backends.cudnn.allow_tf32 = not exact
 
 
 @contextlib.contextmanager
-def ranks(wanted_device: str) -> Iterator[Ranks]:
-    """Joins the process group that torchrun describes (NCCL on GPUs, gloo on CPUs), if any, and leaves it after."""
+def ranks(wanted_device: str, config: RanksConfig | None = None) -> Iterator[Ranks]:
+    """Joins the process group that torchrun describes (NCCL on GPUs, gloo on CPUs), if any, and leaves it after.
+
+    Raises UserError when the others cannot be reached, or are lost on the way.
+    """
+    config = config or RanksConfig()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     device = choose_device(wanted_device, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world_size == 1:
-        yield Ranks(0, 1, device)
+        yield Ranks(0, 1, device, config)
         return
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
-    yield Ranks(rank, world_size, device)
+    # The watchdog speaks first: PyTorch's own time limit says neither who nor where.
+    limit = datetime.timedelta(seconds=2 * config.timeout_s)
+    store = _join(device, limit)
+    control = dist.new_group(backend="gloo", timeout=limit)
+    # Reading another rank's word must not wait behind a connection on which something else waits.
+    watchdog = Watchdog(dist.PrefixStore("genkd", store.clone()), rank, world_size, config.timeout_s)
+    place = Ranks(rank, world_size, device, config, control, watchdog)
+    if config.affinity == "auto":
+        affinity.share_out(place.gather((socket.gethostname(), affinity.of(device))), rank)
+    with watchdog:
+        try:
+            yield place
+        except RuntimeError as error:
+            if not _LOST.search(str(error)):
+                raise
+            reason = str(error).strip().splitlines()[0][:200]
+            raise UserError(
+                f"rank {rank} on {socket.gethostname()} has lost another rank ({reason}); torchrun begins again from "
+                "the newest checkpoint where --max-restarts allows it"
+            ) from None
     # Not after an exception: leaving is collective, and the other ranks may be waiting elsewhere. torchrun ends them.
     dist.destroy_process_group()
+
+
+def _join(device: torch.device, limit: datetime.timedelta) -> Any:
+    """Enters the default process group; the store in which its ranks met."""
+    address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
+        store.set_timeout(limit)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", store=dist.PrefixStore("default", store), rank=rank,
+            world_size=world_size, timeout=limit,
+        )  # fmt: skip
+        return store
+    except (RuntimeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(
+            f"no rendezvous with the other ranks at {address} ({reason}); see that the host is reachable, and that all "
+            "nodes were started with the same address"
+        ) from None

@@ -5,51 +5,29 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..configs import load as configs
 from ..configs.schema import TrainConfig
 from ..errors import Stopped, UserError, explain_os_error
 from ..evaluation import detect, recognition
 from ..evaluation.metrics import NotFinite
-from ..files import locked, remove_leftovers, write_atomically, write_json
+from ..files import write_atomically, write_json
 from ..kernels import backend
 from ..models import checkpoints as weights
 from ..pipelines.loader import Loader
 from ..pipelines.streams import is_flow
 from ..preprocessing.shards import Dataset
-from . import checkpoint, phases
-from .distributed import Ranks, ranks
+from . import checkpoint, phases, runs
+from .distributed import Agreement, Ranks, ranks, round_products
 from .metrics import Clock, Diverged, Meter, MetricsLog, console_line
 from .selection import Selection
 from .step import Stepper
 
 log = logging.getLogger(__name__)
-
-# Keys that may change between a run and its resumption: they do not touch what is computed.
-_FREE_KEYS = (
-    "log_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "tensorboard",
-    "distill.teacher_cache",
-    "compile",
-    "cuda_graphs",
-    "kernels.backend",
-    "data.decoder_threads",
-    "data.pipelines_per_gpu",
-    "data.prefetch",
-    "data.read_ahead",
-    "data.cache_dir",
-    "data.cache_gb",
-    "data.retries",
-)
 
 
 def train(config: TrainConfig, run: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -67,16 +45,16 @@ def train(config: TrainConfig, run: Path, say: Callable[[str], None] = print) ->
         splits.append(config.data.eval_split)
     for split in splits:
         (detect.require_actions if config.detects else recognition.require_classes)(dataset, split)
-    with ranks(config.device) as place, backend.selected(config.kernels.backend):
+    with ranks(config.device, config.ranks) as place, backend.selected(config.kernels.backend):
         backend.require(config.kernels.backend, place.device.type)
-        torch.set_float32_matmul_precision("high")
+        round_products(config.precision)
         # Whatever is wrong with the input shows here, before the run folder is touched.
         resumed = checkpoint.newest(run / "checkpoints") is not None
         modality = "flow" if is_flow(dataset) else "rgb"
         phase = phases.build(config, tuple(dataset.classes), modality, resumed=resumed)
         with contextlib.closing(_Trainer(config, run, dataset, phase, place, say)) as trainer:
             with contextlib.ExitStack() as lock:
-                place.on_main(lambda: _adopt(lock, run, config))
+                place.on_main(lambda: runs.adopt(lock, run, config))
                 done = run / "result.json"
                 if done.is_file():
                     say(f"{run} is finished; remove it to train again")
@@ -109,6 +87,8 @@ class _Trainer:
         self.meter, self.selection = Meter(place), Selection(config.patience, self.metric)
         self.step, self.unevaluated = 0, 0
         self.total_steps = config.epochs * config.passes * len(self.loader)
+        self.writer = checkpoint.Writer(run / "checkpoints", config.keep_checkpoints)
+        self.agree = Agreement(place)
         self._clips, self._waited = 0, 0.0
         self._stats: dict[str, float] = {}
 
@@ -121,7 +101,7 @@ class _Trainer:
         """Trains to the last epoch and writes weights and result.json."""
         config, loader = self.config, self.loader
         self.resume()
-        with _stop_signals() as stop, self._metrics() as metrics:
+        with runs.stop_signals() as self.stop, self._metrics() as metrics:
             self.clock = Clock(self.step, self.total_steps)
             if self.unevaluated:
                 self.evaluate(metrics, self.unevaluated)
@@ -129,18 +109,20 @@ class _Trainer:
                 draw = loader.epoch
                 epoch = draw // config.passes + 1
                 self.phase.train()
+                self.place.progress("waits for its data", self.step, 0)
                 for batch in loader:
                     self.stepper.take(batch, draw, self.step, self.meter)
                     self.step += 1
                     self._clips += batch.total
                     if self.step % config.log_every == 0 or loader.batch == 0:
                         self.log(metrics, epoch)
-                    if self._stops(stop):
+                    if number := self.agree(self.stop.number):
                         self.save(evaluated=epoch - 1)
-                        code = 0 if stop.number == signal.SIGTERM else 130
-                        raise Stopped(f"stopped at step {self.step} of {self.total_steps}, state saved", code)
+                        self.place.on_main(self.writer.finish)
+                        raise Stopped(self._told(), runs.StopRequest.code(number))
                     if self.step % config.checkpoint_every == 0 or loader.batch == 0:
                         self.save(evaluated=epoch - 1)
+                    self.place.progress("waits for its data", self.step, 0)
                 if (draw + 1) % config.passes == 0 and self._evaluates(epoch):
                     self.evaluate(metrics, epoch)
             return self.finish()
@@ -172,12 +154,15 @@ class _Trainer:
         model = self.stepper.results[self.phase.card.network]
         self.place.same_buffers(model)
         split = self.config.data.eval_split
+        self.place.progress("evaluates", self.step - 1, 6)
+        self.place.on_main(self.writer.finish)  # an epoch's last step is safe before it is looked at
         try:
-            if self.config.detects:
-                values = detect.evaluate(model, self.eval_loader, self.place, split, self.stepper.dtype)
-            else:
-                result = recognition.evaluate(model, self.eval_loader, self.place, self.stepper.dtype)
-                values = {"top1": result.top1, "top5": result.top5, "loss": result.loss}
+            with self.stop.at_once(self._told()):
+                if self.config.detects:
+                    values = detect.evaluate(model, self.eval_loader, self.place, split, self.stepper.dtype)
+                else:
+                    result = recognition.evaluate(model, self.eval_loader, self.place, self.stepper.dtype)
+                    values = {"top1": result.top1, "top5": result.top5, "loss": result.loss}
         except NotFinite as problem:
             # The losses did not show it yet. The checkpoint of this step would only lead here again.
             self.place.on_main(lambda: checkpoint.set_aside(self.run / "checkpoints", self.step))
@@ -213,8 +198,11 @@ class _Trainer:
             "meters": meters,
             "evaluated": evaluated,
         }
-        keep = self.config.keep_checkpoints
-        self.place.on_main(lambda: checkpoint.save(self.run / "checkpoints", self.step, state, keep))
+        self.place.progress("saves", self.step - 1, 5)
+        self.place.on_main(lambda: self.writer.save(self.step, state))
+
+    def _told(self) -> str:
+        return f"stopped at step {self.step} of {self.total_steps}, state saved"
 
     def resume(self) -> None:
         """Continues from the newest checkpoint, if there is one."""
@@ -252,6 +240,7 @@ class _Trainer:
 
     def finish(self) -> dict[str, Any]:
         """Weights for others to load, and result.json, whose presence says that the run is finished."""
+        self.agree.close()
         epochs = self.loader.epoch // self.config.passes
         result: dict[str, Any] = {
             "phase": self.config.phase, "steps": self.step, "epochs": epochs,
@@ -262,6 +251,7 @@ class _Trainer:
             self.say(f"ended after epoch {epochs}: no better {better} for {self.config.patience} evaluations")
 
         def write() -> None:
+            self.writer.finish()
             if self.config.keep == "best":
                 for name in self.stepper.results:
                     content = (self.run / "best" / f"{name}.safetensors").read_bytes()
@@ -275,7 +265,8 @@ class _Trainer:
         return result
 
     def close(self) -> None:
-        """Ends the loaders' threads."""
+        """Ends the threads of loaders and writer."""
+        self.writer.close()
         self.loader.close()
         if self.eval_loader:
             self.eval_loader.close()
@@ -312,13 +303,6 @@ class _Trainer:
         rate = "optimizer.lr or cvae_optimizer.lr" if "cvae" in self.phase.modules else "optimizer.lr"
         return UserError(f"the run diverged {how}; begin another run with a lower {rate}, or with grad_clip ({state})")
 
-    def _stops(self, stop: _StopRequest) -> bool:
-        """Whether any rank was told to stop; with several ranks they agree at log steps, where they wait anyway."""
-        if self.place.world_size > 1 and self.step % self.config.log_every == 0:
-            stop.number = max(self.place.gather(stop.number))
-            return bool(stop.number)
-        return self.place.world_size == 1 and bool(stop.number)
-
     @contextlib.contextmanager
     def _metrics(self) -> Iterator[MetricsLog | None]:
         if not self.place.is_main:
@@ -327,52 +311,3 @@ class _Trainer:
         tensorboard, again = self.config.tensorboard, bool(self.unevaluated)
         with contextlib.closing(MetricsLog(self.run, self.step, tensorboard=tensorboard, evaluates_again=again)) as log:
             yield log
-
-
-def _adopt(lock: contextlib.ExitStack, run: Path, config: TrainConfig) -> None:
-    """Locks the folder; begins it with this configuration, or checks that it was begun with it."""
-    lock.enter_context(locked(run, f"another process is training in {run}; wait for it, or choose another --out"))
-    for folder in (run, run / "checkpoints", run / "weights", run / "best"):
-        remove_leftovers(folder)
-    begun = (run / "metrics.jsonl").is_file() or (run / "checkpoints").is_dir()
-    if begun and (run / "config.yaml").is_file():
-        changed = [
-            line for line in configs.differences(configs.read_run(run), config) if not line.startswith(_FREE_KEYS)
-        ]
-        if changed:
-            raise UserError(
-                f"{run} was begun with another configuration ({'; '.join(changed[:4])}); choose another --out, "
-                "or use the same configuration to continue it"
-            )
-        return
-    strangers = [entry.name for entry in run.iterdir() if entry.name not in (".lock", "config.yaml")]
-    if strangers:
-        raise UserError(f"{run} is not empty and holds no training run (found {strangers[0]!r}); choose another --out")
-    write_atomically(run / "config.yaml", configs.dump(config).encode())
-
-
-class _StopRequest:
-    """The signal that asked the loop to stop; 0 for none."""
-
-    number = 0
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[_StopRequest]:
-    """SIGINT and SIGTERM ask the loop to stop after its step; a second one interrupts at once."""
-    stop = _StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def ask(number: int, frame: object) -> None:
-        if stop.number:
-            raise KeyboardInterrupt
-        stop.number = number
-
-    old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

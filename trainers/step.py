@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from . import optimizers
 from .distributed import Ranks, precision
 from .ema import Averages
 from .metrics import Meter
-from .phases import Noise, Phase, Turn
+from .phases import Noise, Phase, Stage, Turn
 
 
 class Stepper:
@@ -41,40 +43,79 @@ class Stepper:
     def take(self, batch: Batch, draw: int, step: int, meter: Meter) -> None:
         """All optimizer steps of one batch; draw, the loader's epoch, and step count from 0. The losses go to the
         meter."""
-        config, device, passes = self.config, self.place.device, self.config.passes
+        config, passes = self.config, self.config.passes
         if config.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
         torch.manual_seed(_mix(config.seed, step, self.place.rank))  # dropout's; makes resuming exact
-        # Every clip of the global batch weighs the same however unevenly its ranks share it.
-        weight = batch.count * self.place.world_size / batch.total
+        self.place.progress("computes", step, 1)
         if self.dtype == torch.float32:
             batch = dataclasses.replace(batch, clips=batch.clips.float())
         own = step - (draw - draw // passes) * self.steps_per_pass  # steps of a module's own, before this one
         only = None if passes == 1 else ("cvae", self.phase.card.network)[draw % passes]
-        stages = self.phase.stages(batch, Turn(draw // passes + 1, draw, self._noise(batch, draw), only))
-        while True:
-            with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
-                stage = next(stages, None)
-            if stage is None:
-                break
-            optimizer = self.optimizers[stage.module]
-            rate = optimizers.learning_rate(
-                self.settings(stage.module), own, self.steps_per_pass, config.epochs * self.steps_per_pass
-            )
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.zero_grad(set_to_none=True)
-            with self.phase.part("cvae" if stage.module == "cvae" else "student"):
-                self.scaler.scale(stage.terms["total"] * weight).backward()
-            with self.phase.part("optimizer"):
-                if config.grad_clip:
-                    self.scaler.unscale_(optimizer)
-                    torch.nn.utils.clip_grad_norm_(self.phase.modules[stage.module].parameters(), config.grad_clip)
-                self.scaler.step(optimizer)
-            if self.averages is not None:
-                self.averages.update(stage.module, own)
-            meter.update(stage.module, stage.terms, batch.count, step)
+        parts = batch.split(config.micro_batch)
+        if len(parts) == 1:
+            stages = self.phase.stages(batch, self._turn(batch, draw, only))
+            while (stage := self._next(stages)) is not None:
+                self._begin(stage.module, own)
+                self._backward(stage, batch, step)
+                self._finish(stage.module, own)
+                meter.update(stage.module, stage.terms, batch.count, step)
+        else:
+            for module in self.phase.modules if only is None else (only,):
+                self._accumulate(module, parts, draw, own, step, meter)
         self.scaler.update()
+
+    def _accumulate(self, module: str, parts: list[Batch], draw: int, own: int, step: int, meter: Meter) -> None:
+        """One module's step from the gradients of all parts of a batch, which are reduced with the last one.
+
+        A stage at a time, so that the VAE's step precedes the network's stage and no part's activations are kept: the
+        features are computed once more for it. Batch norm sees a part at a time, and moves with the network's stage.
+        """
+        self._begin(module, own)
+        for number, part in enumerate(parts):
+            with contextlib.ExitStack() as stack:
+                if number < len(parts) - 1:
+                    stack.enter_context(self.phase.unsynchronized())
+                if module == "cvae" and self.config.passes == 1:
+                    stack.enter_context(self.phase.steady_statistics())
+                stage = self._next(self.phase.stages(part, self._turn(part, draw, module)))
+                assert stage is not None and stage.module == module
+                self._backward(stage, part, step)
+            meter.update(module, stage.terms, part.count, step)
+        self._finish(module, own)
+
+    def _turn(self, batch: Batch, draw: int, only: str | None) -> Turn:
+        return Turn(draw // self.config.passes + 1, draw, self._noise(batch, draw), only)
+
+    def _next(self, stages: Iterator[Stage]) -> Stage | None:
+        with torch.autocast(self.place.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return next(stages, None)
+
+    def _begin(self, module: str, own: int) -> None:
+        optimizer, config = self.optimizers[module], self.config
+        rate = optimizers.learning_rate(
+            self.settings(module), own, self.steps_per_pass, config.epochs * self.steps_per_pass
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.zero_grad(set_to_none=True)
+
+    def _backward(self, stage: Stage, batch: Batch, step: int) -> None:
+        # Every clip of the global batch weighs the same however unevenly its ranks, and their parts, share it.
+        weight = batch.count * self.place.world_size / batch.total
+        self.place.progress("adds up gradients with the others", step, 2 if stage.module == "cvae" else 3)
+        with self.phase.part("cvae" if stage.module == "cvae" else "student"):
+            self.scaler.scale(stage.terms["total"] * weight).backward()
+
+    def _finish(self, module: str, own: int) -> None:
+        optimizer = self.optimizers[module]
+        with self.phase.part("optimizer"):
+            if self.config.grad_clip:
+                self.scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(self.phase.modules[module].parameters(), self.config.grad_clip)
+            self.scaler.step(optimizer)
+        if self.averages is not None:
+            self.averages.update(module, own)
 
     def _noise(self, batch: Batch, draw: int) -> Noise | None:
         if "cvae" not in self.phase.modules:

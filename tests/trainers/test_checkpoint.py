@@ -1,3 +1,5 @@
+import threading
+
 import pytest
 import torch
 
@@ -9,17 +11,27 @@ def test_the_newest_is_loaded_and_old_ones_go(tmp_path):
     assert checkpoint.load_newest(tmp_path) is None
     for step in (5, 100, 20, 1000):
         checkpoint.save(tmp_path, step, {"step": step, "x": torch.ones(3)}, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000100.pt", "step-00001000.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step-00000100.pt", "step-00000100.pt.sha256", "step-00001000.pt", "step-00001000.pt.sha256"
+    ]  # fmt: skip
     assert checkpoint.load_newest(tmp_path)["step"] == 1000
 
 
 @pytest.mark.parametrize(
-    "spoil", [lambda data: b"", lambda data: data[: len(data) // 2], lambda data: b"\0" * len(data)]
+    "spoil",
+    [
+        lambda data: b"",
+        lambda data: data[: len(data) // 2],
+        lambda data: b"\0" * len(data),
+        lambda data: data.replace(b"\0\0\x80\x3f", b"\0\0\x80\x40"),  # a bit of a weight
+    ],
 )
 def test_a_damaged_newest_falls_back_with_a_warning(tmp_path, caplog, spoil):
     checkpoint.save(tmp_path, 1, {"step": 1}, keep=2)
-    path = checkpoint.save(tmp_path, 2, {"step": 2}, keep=2)
-    path.write_bytes(spoil(path.read_bytes()))
+    path = checkpoint.save(tmp_path, 2, {"step": 2, "x": torch.ones(3)}, keep=2)
+    spoilt = spoil(path.read_bytes())
+    assert spoilt != path.read_bytes()
+    path.write_bytes(spoilt)
     assert checkpoint.load_newest(tmp_path)["step"] == 1
     assert str(path) in caplog.text
     checkpoint.save(tmp_path, 2, {"step": 2}, keep=1)
@@ -42,5 +54,37 @@ def test_a_full_disk_leaves_the_old_checkpoint(small_disk):
     checkpoint.save(disk, 1, {"x": torch.zeros(1000)}, keep=2)
     with pytest.raises(UserError, match="no space left on the disk while writing checkpoint"):
         checkpoint.save(disk, 2, {"x": torch.zeros(1_000_000)}, keep=2)
-    assert [path.name for path in disk.iterdir()] == ["step-00000001.pt"]
+    assert sorted(path.name for path in disk.iterdir()) == ["step-00000001.pt", "step-00000001.pt.sha256"]
     assert checkpoint.load_newest(disk)["x"].shape == (1000,)
+
+
+def test_a_writer_saves_what_was_there_when_it_was_asked(tmp_path, monkeypatch):
+    begun, go_on = threading.Event(), threading.Event()
+    save = checkpoint.save
+
+    def slowly(*arguments):
+        begun.set()
+        assert go_on.wait(20)
+        return save(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save", slowly)
+    writer = checkpoint.Writer(tmp_path, keep=2)
+    state = {"step": 1, "x": torch.zeros(3), "parts": [torch.zeros(1)], "pair": (torch.zeros(1), "two")}
+    writer.save(1, state)
+    assert begun.wait(20) and checkpoint.newest(tmp_path) is None  # it has returned, and nothing is written yet
+    state["x"] += 1
+    state["parts"][0] += 1
+    go_on.set()
+    writer.finish()
+    found = checkpoint.load_newest(tmp_path)
+    assert found == {"step": 1, "x": found["x"], "parts": found["parts"], "pair": found["pair"]}
+    assert not found["x"].any() and not found["parts"][0].any() and found["pair"][1] == "two"
+    writer.close()
+
+
+def test_a_writer_tells_of_a_full_disk_with_its_next_call(small_disk):
+    writer = checkpoint.Writer(small_disk("1m"), keep=2)
+    writer.save(1, {"x": torch.zeros(1_000_000)})
+    with pytest.raises(UserError, match="no space left on the disk while writing checkpoint"):
+        writer.save(2, {"x": torch.zeros(1)})
+    writer.close()

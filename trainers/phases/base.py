@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from ...configs.schema import TrainConfig
 from ...models import checkpoints
@@ -62,6 +64,7 @@ class Phase:
 
     def __init__(self, config: TrainConfig, classes: tuple[str, ...], modality: str = "rgb", resumed: bool = False):
         self.config = config
+        self.ranks = Ranks(0, 1, torch.device("cpu"))
         self.part: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext
         data = config.data
         self.card = checkpoints.ModelCard(
@@ -100,9 +103,13 @@ class Phase:
 
     def place(self, ranks: Ranks) -> None:
         """Moves everything to the rank's device and wraps what is trained for DDP."""
+        self.ranks = ranks
         for module in (*self.modules.values(), *self.frozen.values()):
             module.to(ranks.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-        self.nets = {name: self._compiled(ranks.wrap(module)) for name, module in self.modules.items()}
+        # A detector's spliced windows come and go; parts of a batch and a compiler's graphs have reductions of their own.
+        static = self.task == "recognition" and not self.config.micro_batch and self.config.compile == "off"
+        wrapped = {name: ranks.wrap(module, static=static) for name, module in self.modules.items()}
+        self.nets = {name: self._compiled(module) for name, module in wrapped.items()}
         if self.config.compile != "off":
             for module in self.frozen.values():
                 module.compile(**self._compile_options)
@@ -125,8 +132,29 @@ class Phase:
             module.train()
         if self.freezes_bn:
             for layer in self.network.modules():
-                if isinstance(layer, nn.BatchNorm3d):
+                if isinstance(layer, _BatchNorm):
                     layer.eval()
+
+    @contextlib.contextmanager
+    def steady_statistics(self) -> Iterator[None]:
+        """Batch norm of the network keeps its statistics as they are, in training mode too."""
+        layers = [layer for layer in self.network.modules() if isinstance(layer, _BatchNorm)]
+        momenta = [layer.momentum for layer in layers]
+        for layer in layers:
+            layer.momentum = 0.0
+        try:
+            yield
+        finally:
+            for layer, momentum in zip(layers, momenta, strict=True):
+                layer.momentum = momentum
+
+    def unsynchronized(self) -> contextlib.AbstractContextManager:
+        """Gradients are added up here without being reduced over the ranks."""
+        stack = contextlib.ExitStack()
+        for net in self.nets.values():
+            if isinstance(net, DistributedDataParallel):
+                stack.enter_context(net.no_sync())
+        return stack
 
     def stages(self, batch: Batch, turn: Turn) -> Iterator[Stage]:
         """The optimizer steps of one batch in turn; each is taken before the next is asked for."""

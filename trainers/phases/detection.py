@@ -51,12 +51,26 @@ class Detection(Phase):
                 seen = self.network(batch.clips, detect=False)
             yield self._stage_a(seen, turn)
             return
+        self._shares = (batch.count, batch.total)
         clips = self._with_spliced(batch.clips, windows)
+        spliced = torch.tensor(len(clips) - count, device=clips.device)
+        # Of what is averaged over this rank's spliced windows; 1 without other ranks.
+        self._spliced_share = spliced / self._divisors(spliced)
         with self.part("student"):
             seen = self.nets["detector"](clips, detect=False)
         if self.uses_cvae and turn.only is None:
             yield self._stage_a(_part(seen, slice(count)), turn)
         yield self._stage_b(seen, clips, count, windows, turn)
+
+    def _divisors(self, counts: Tensor) -> Tensor:
+        """What this rank's sums are divided by so that the ranks' terms, each weighted by its share of the clips, add up
+        to the sums over all ranks divided by the counts over all ranks."""
+        if self.ranks.world_size == 1:
+            return detection_losses.one_at_least(counts)
+        own, total = self._shares
+        everyone = self.ranks.sum(counts.float() * (own > 0))
+        # A rank without a clip of its own counts for nothing, and its terms get no weight.
+        return detection_losses.one_at_least(everyone) * (own / total if own else 1.0)
 
     def _with_spliced(self, clips: Tensor, windows: Windows) -> Tensor:
         """Windows (N,...), then the spliced twins of those that have one."""
@@ -113,7 +127,8 @@ class Detection(Phase):
             terms |= self._triplet(weighted, windows, len(clips) - count)
             if len(clips) > count and taught is not None:
                 pairs = ((own.attention[name], taught[name][count:]) for name in ENDPOINTS)
-                terms["att"] = terms["att"] + sum((a.float() - t.float()).square().mean() for a, t in pairs)
+                followed = sum((a.float() - t.float()).square().mean() for a, t in pairs)
+                terms["att"] = terms["att"] + self._spliced_share * followed
         return self._sum(terms, turn)
 
     def _weighted(
@@ -146,7 +161,7 @@ class Detection(Phase):
         output = self.network.pyramid(features)
         targets = detection_losses.targets_of(windows.actions, length)
         terms = detection_losses.multi_segment(
-            output, targets, length, overlap=config.loss.overlap, compat=config.compat
+            output, targets, length, overlap=config.loss.overlap, compat=config.compat, divisors=self._divisors
         )
         assert windows.boundaries is not None
         terms["start"], terms["end"] = detection_losses.boundaries(output, windows.boundaries)
@@ -157,11 +172,8 @@ class Detection(Phase):
         if not count:
             return {"triplet": torch.zeros((), device=self._device)}
         assert windows.segments is not None
-        return {
-            "triplet": detection_losses.triplet(
-                self.network.triplet(features, windows.segments[list(windows.with_splice)])
-            )
-        }
+        own = self.network.triplet(features, windows.segments[list(windows.with_splice)])
+        return {"triplet": self._spliced_share * detection_losses.triplet(own)}
 
     def _sum(self, terms: Terms, turn: Turn | None = None) -> Stage:
         """Adds up what the windows say, each with its weight; a term that is not there counts nothing."""

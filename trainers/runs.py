@@ -1,0 +1,107 @@
+"""A run's folder, and the signals that ask a run to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..configs import load as configs
+from ..configs.schema import TrainConfig
+from ..errors import Stopped, UserError
+from ..files import locked, remove_leftovers, write_atomically
+
+# Keys that may change between a run and its resumption: they do not touch what is computed.
+FREE_KEYS = (
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "tensorboard",
+    "compile",
+    "cuda_graphs",
+    "distill.teacher_cache",
+    "kernels.backend",
+    "ranks.timeout_s",
+    "ranks.affinity",
+    "data.decoder_threads",
+    "data.pipelines_per_gpu",
+    "data.prefetch",
+    "data.read_ahead",
+    "data.cache_dir",
+    "data.cache_gb",
+    "data.retries",
+)
+
+
+def adopt(lock: contextlib.ExitStack, run: Path, config: TrainConfig) -> None:
+    """Locks the folder; begins it with this configuration, or checks that it was begun with it."""
+    lock.enter_context(locked(run, f"another process is training in {run}; wait for it, or choose another --out"))
+    for folder in (run, run / "checkpoints", run / "weights", run / "best"):
+        remove_leftovers(folder)
+    begun = (run / "metrics.jsonl").is_file() or (run / "checkpoints").is_dir()
+    if begun and (run / "config.yaml").is_file():
+        changed = [
+            line for line in configs.differences(configs.read_run(run), config) if not line.startswith(FREE_KEYS)
+        ]
+        if changed:
+            raise UserError(
+                f"{run} was begun with another configuration ({'; '.join(changed[:4])}); choose another --out, "
+                "or use the same configuration to continue it"
+            )
+        return
+    strangers = [entry.name for entry in run.iterdir() if entry.name not in (".lock", "config.yaml")]
+    if strangers:
+        raise UserError(f"{run} is not empty and holds no training run (found {strangers[0]!r}); choose another --out")
+    write_atomically(run / "config.yaml", configs.dump(config).encode())
+
+
+class StopRequest:
+    """number: the signal that asks the loop to stop after its step; 0 for none."""
+
+    number = 0
+    _told = ""
+
+    @contextlib.contextmanager
+    def at_once(self, told: str) -> Iterator[None]:
+        """In the block, where nothing is lost by it, a signal stops the run there and then; told: what to say."""
+        if self.number:
+            raise self.stopped(told)
+        self._told = told
+        try:
+            yield
+        finally:
+            self._told = ""
+
+    @staticmethod
+    def code(number: int) -> int:
+        """What the process exits with."""
+        return 0 if number == signal.SIGTERM else 130
+
+    def stopped(self, told: str) -> Stopped:
+        """The exception that ends the run."""
+        return Stopped(told, self.code(self.number))
+
+    def ask(self, number: int, frame: object) -> None:
+        """The handler. A second signal interrupts at once."""
+        if self.number:
+            raise KeyboardInterrupt
+        self.number = number
+        if self._told:
+            raise self.stopped(self._told)
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[StopRequest]:
+    """SIGINT and SIGTERM ask the loop to stop."""
+    stop = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    old = {number: signal.signal(number, stop.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

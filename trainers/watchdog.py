@@ -1,0 +1,116 @@
+"""Names the rank that all others wait for, where PyTorch's time limit would only say that something timed out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+log = logging.getLogger(__name__)
+
+
+class Word(NamedTuple):
+    """What a rank last told: how often it has told something, how far it is, with what, on which host."""
+
+    beat: int
+    place: int
+    doing: str
+    host: str
+
+
+class Watchdog:
+    """A thread that tells a store how far this rank is, and ends the process after `limit` seconds at one place.
+
+    All ranks go through the same places of a run, so the one with the smallest is what the others wait for. A process
+    that was stopped or swapped out tells nothing, and is named too.
+    Several nodes' ranks end at about the same time; the lowest one that is not to blame says why.
+    """
+
+    def __init__(
+        self, store: Any, rank: int, world_size: int, limit: float, leave: Callable[[int], Any] = os._exit
+    ):  # fmt: skip
+        self._store, self._rank, self._world_size, self._limit, self._leave = store, rank, world_size, limit, leave
+        self._period = max(0.2, min(10.0, limit / 8))
+        self._place, self._doing, self._since = 0, "begins", time.monotonic()
+        self._beat = 0
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="genkd-watchdog", daemon=True)
+        self._heard: dict[int, tuple[Word, float]] = {}  # the others' last words, and since when they are the same
+
+    def __enter__(self) -> Watchdog:
+        self._tell()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join(timeout=5)
+
+    def progress(self, doing: str, place: int) -> None:
+        """This rank goes on to the next thing; places grow."""
+        self._place, self._doing, self._since = place, doing, time.monotonic()
+
+    def alive(self) -> None:
+        """This rank is not stuck where it is."""
+        self._since = time.monotonic()
+
+    def _watch(self) -> None:
+        try:
+            while not self._end.wait(self._period):
+                self._tell()
+                waited = time.monotonic() - self._since
+                if waited > self._limit / 2:
+                    self._listen()
+                if waited > self._limit and not self._end.is_set():
+                    self._give_up(waited)
+                    return
+        except Exception as error:
+            # Without the store, which the main rank or torchrun keeps, there is no one left to name anyone to.
+            if not self._end.is_set():
+                log.warning("rank %d: the watchdog has lost the ranks' store (%s)", self._rank, repr(error)[:200])
+
+    def _tell(self) -> None:
+        self._beat += 1
+        word = Word(self._beat, self._place, self._doing, socket.gethostname())
+        self._store.set(f"rank{self._rank}", json.dumps(word))
+
+    def _listen(self) -> None:
+        now = time.monotonic()
+        for rank in range(self._world_size):
+            if self._store.check([f"rank{rank}"]):
+                word = Word(*json.loads(self._store.get(f"rank{rank}")))
+                if rank not in self._heard or self._heard[rank][0] != word:
+                    self._heard[rank] = word, now
+
+    def _give_up(self, waited: float) -> None:
+        now = time.monotonic()
+        silent = {rank for rank in range(self._world_size) if rank not in self._heard}
+        silent |= {rank for rank, (_, since) in self._heard.items() if now - since > 3 * self._period}
+        places = {rank: word.place for rank, (word, _) in self._heard.items() if rank not in silent}
+        behind = {rank for rank, place in places.items() if place < max(places.values())}
+        blamed = sorted(silent or behind)
+        speaker = min((rank for rank in range(self._world_size) if rank not in blamed), default=0)
+        if self._rank == speaker:
+            print(f"Error: {self._sentence(waited, blamed, bool(silent))}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(min(1.0, self._limit / 4))  # the one who speaks must be heard before torchrun ends all
+        self._leave(1)
+
+    def _sentence(self, waited: float, blamed: list[int], silent: bool) -> str:
+        own = f"rank {self._rank} has waited {waited:.0f} s while it {self._doing}"
+        if not blamed:
+            return f"{own}, and so have all others: the network between them may be down (ranks.timeout_s)"
+        names = []
+        for rank in blamed[:8]:
+            word = self._heard[rank][0] if rank in self._heard else None
+            doing = f", which last {word.doing}" if word and silent else f", which still {word.doing}" if word else ""
+            names.append(f"rank {rank}{f' on {word.host}' if word else ''}{doing}")
+        more = f" and {len(blamed) - 8} more" if len(blamed) > 8 else ""
+        what = "nothing is heard of" if silent else "it waits for"
+        return f"{own}: {what} {'; '.join(names)}{more} (ranks.timeout_s={self._limit:g})"
