@@ -14,12 +14,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from ..configs.schema import RanksConfig
 from ..errors import UserError, explain_os_error
-from . import affinity
+from . import affinity, rendezvous
 from .watchdog import Watchdog
 
 # What PyTorch says in a rank whose peer is gone.
@@ -62,7 +61,7 @@ class Ranks:
             static_graph=static,
         )  # fmt: skip
         if self.config.compression == "bf16":
-            wrapped.register_comm_hook(None, default_hooks.bf16_compress_hook)
+            wrapped.register_comm_hook(self.world_size, _in_bf16)
         return wrapped
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
@@ -109,6 +108,17 @@ class Ranks:
         """Tells the watchdog that this rank is not stuck, in a part whose length is a rank's own."""
         if self.watchdog:
             self.watchdog.alive()
+
+
+def _in_bf16(world_size: int, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """Reduces a bucket of gradients in bfloat16: half the bytes. PyTorch's own hook of this kind refuses gloo."""
+    gradients = bucket.buffer()
+    sent = gradients.to(torch.bfloat16).div_(world_size)
+
+    def received(future: torch.futures.Future) -> torch.Tensor:
+        return gradients.copy_(future.value()[0])
+
+    return dist.all_reduce(sent, async_op=True).get_future().then(received)
 
 
 class Agreement:
@@ -184,8 +194,7 @@ def ranks(wanted_device: str, config: RanksConfig | None = None) -> Iterator[Ran
         return
     # The watchdog speaks first: PyTorch's own time limit says neither who nor where.
     limit = datetime.timedelta(seconds=2 * config.timeout_s)
-    store = _join(device, limit)
-    control = dist.new_group(backend="gloo", timeout=limit)
+    store, control = rendezvous.join(device, limit)
     # Reading another rank's word must not wait behind a connection on which something else waits.
     watchdog = Watchdog(dist.PrefixStore("genkd", store.clone()), rank, world_size, config.timeout_s)
     place = Ranks(rank, world_size, device, config, control, watchdog)
@@ -204,22 +213,3 @@ def ranks(wanted_device: str, config: RanksConfig | None = None) -> Iterator[Ran
             ) from None
     # Not after an exception: leaving is collective, and the other ranks may be waiting elsewhere. torchrun ends them.
     dist.destroy_process_group()
-
-
-def _join(device: torch.device, limit: datetime.timedelta) -> Any:
-    """Enters the default process group; the store in which its ranks met."""
-    address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
-    try:
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
-        store.set_timeout(limit)
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", store=dist.PrefixStore("default", store), rank=rank,
-            world_size=world_size, timeout=limit,
-        )  # fmt: skip
-        return store
-    except (RuntimeError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(
-            f"no rendezvous with the other ranks at {address} ({reason}); see that the host is reachable, and that all "
-            "nodes were started with the same address"
-        ) from None

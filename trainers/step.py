@@ -61,7 +61,7 @@ class Stepper:
                 self._finish(stage.module, own)
                 meter.update(stage.module, stage.terms, batch.count, step)
         else:
-            for module in self.phase.modules if only is None else (only,):
+            for module in sorted(self.phase.modules, key=lambda name: name != "cvae") if only is None else (only,):
                 self._accumulate(module, parts, draw, own, step, meter)
         self.scaler.update()
 

@@ -1,12 +1,16 @@
 """The phases of detection on a few untrimmed synthetic videos: they run, resume bit for bit, and end in results."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file
 
 from genkd.cli import main
 from genkd.configs.load import load
@@ -57,6 +61,8 @@ def tiny(tmp_path_factory, untrimmed):
 
     def make(phase, *overrides):
         return load(str(path), phase, [f"data.dataset={untrimmed}", *overrides])
+
+    make.path = path
 
     return make
 
@@ -287,3 +293,30 @@ def test_averaging_is_of_outputs():
     two = DetectorOutput(*(torch.full((1, 2, 2), float(number) + 2) for number in range(12)))
     for number, value in enumerate(detect.average([one, two])):
         assert (value == number + 1).all()
+
+
+def test_two_ranks_reach_the_weights_of_one(tiny, tmp_path):
+    """A batch of 3 windows, whose actions and splices the ranks have unequal numbers of."""
+    losses = {}
+    for ranks in (1, 2):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
+        run = tmp_path / f"run{ranks}"
+        options = ["batch_size=4", "model.freeze_bn=always", "optimizer.name=sgd", "optimizer.warmup_epochs=0"]
+        command = [*launch, "genkd", "train", "detect-representation", "--config", str(tiny.path), "--out", str(run)]
+        config = tiny("detect-representation", *options)
+        done = subprocess.run(
+            [*command, f"data.dataset={config.data.dataset}", *options],
+            capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=250,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+        losses[ranks] = [{name: line[name] for name in line if "/" in name} for line in lines]
+    assert len(losses[1]) >= 2 and any(line["detector/triplet"] for line in losses[1])
+    for one, two in zip(losses[1], losses[2], strict=True):
+        assert two == pytest.approx(one, rel=2e-4, abs=1e-6)
+    for name in ("detector", "cvae"):
+        one, two = (load_file(tmp_path / f"run{n}" / "weights" / f"{name}.safetensors") for n in (1, 2))
+        for key, value in one.items():
+            torch.testing.assert_close(
+                two[key], value, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}"
+            )

@@ -106,7 +106,11 @@ class Phase:
         self.ranks = ranks
         for module in (*self.modules.values(), *self.frozen.values()):
             module.to(ranks.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-        # A detector's spliced windows come and go; parts of a batch and a compiler's graphs have reductions of their own.
+            for weight in module.parameters():
+                if weight.ndim == 5 and weight.shape[2:].numel() == 1:
+                    # Strides as their gradients have them, or DDP would copy each into its bucket.
+                    weight.data = weight.data.flatten(1)[..., None, None, None]
+        # A detector's spliced windows come and go; parts of a batch and compiled graphs have reductions of their own.
         static = self.task == "recognition" and not self.config.micro_batch and self.config.compile == "off"
         wrapped = {name: ranks.wrap(module, static=static) for name, module in self.modules.items()}
         self.nets = {name: self._compiled(module) for name, module in wrapped.items()}

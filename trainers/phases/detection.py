@@ -63,8 +63,8 @@ class Detection(Phase):
         yield self._stage_b(seen, clips, count, windows, turn)
 
     def _divisors(self, counts: Tensor) -> Tensor:
-        """What this rank's sums are divided by so that the ranks' terms, each weighted by its share of the clips, add up
-        to the sums over all ranks divided by the counts over all ranks."""
+        """What this rank's sums are divided by so that the ranks' terms, each weighted by its share of clips, add up to
+        the sums over all ranks divided by the counts over all ranks."""
         if self.ranks.world_size == 1:
             return detection_losses.one_at_least(counts)
         own, total = self._shares

@@ -1,0 +1,153 @@
+"""Ranks that are killed, hang, are told to stop, or are other ones when a run continues."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+KILLED = """
+def in_step(rank, step, attempt):
+    if (rank, step, attempt) in [(1, 4, 0), (0, 7, 1)]:
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def assert_same(one, two, tolerance):
+    for name in ("recognizer", "cvae"):
+        a, b = (load_file(run / "weights" / f"{name}.safetensors") for run in (one, two))
+        for key, value in a.items():
+            np.testing.assert_allclose(b[key], value, rtol=tolerance, atol=tolerance, err_msg=key)
+
+
+def test_a_rank_killed_in_mid_step_costs_nothing_but_time(runs, undisturbed):
+    _, told = runs.run("run", fault=KILLED, restarts=2)
+    assert "has lost another rank" in told and told.count("continuing") == 2
+    runs.assert_every_video_once("run")
+    assert runs.losses("run") == undisturbed.losses("run")
+    assert_same(undisturbed.folder / "run", runs.folder / "run", 0)
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("time.sleep(1000)", ["it waits for rank 1 on HOST, which still waits for its data (step 3)"]),
+        ("os.kill(os.getpid(), signal.SIGSTOP)", ["nothing is heard of rank 1 on HOST, which last"]),
+    ],
+    ids=["asleep", "stopped"],
+)
+def test_a_hung_rank_is_named(runs, fault, words):
+    hang = f"""
+def before_step(rank, step, attempt):
+    if (rank, step) == (1, 2):
+        open(sys.argv[0] + ".pid", "w").write(str(os.getpid()))
+        {fault}
+"""
+    process = runs.start("run", "ranks.timeout_s=6", fault=hang)
+    told: list[str] = []
+    reader = threading.Thread(target=lambda: told.extend(iter(process.stderr.readline, "")))
+    reader.start()
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if any("ranks.timeout_s=6" in line for line in told) and "SIGSTOP" in fault:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int((runs.folder / "run.py.pid").read_text()), signal.SIGCONT)  # or torchrun waits 30 s for it
+        time.sleep(0.2)
+    process.kill()
+    reader.join(20)
+    assert process.returncode not in (0, -signal.SIGKILL)
+    said = "".join(told)
+    assert re.search(r"rank 0 has waited \d+ s while it (computes|adds up gradients with the others) \(step 3\)", said)
+    for text in words:
+        assert text.replace("HOST", socket.gethostname()) in said
+    assert "Traceback" not in said.split("ranks.timeout_s=6")[0]
+
+
+def test_a_rank_told_to_stop_stops_all_and_another_number_of_ranks_goes_on(runs, undisturbed):
+    told = """
+def before_step(rank, step, attempt):
+    if (rank, step) == (1, 3):
+        os.kill(os.getpid(), signal.SIGTERM)
+"""
+    began = time.monotonic()
+    code, said = runs.run("run", fault=told)
+    assert code == 0 and "stopped at step 5 of 9, state saved" in said and time.monotonic() - began < 60
+    assert not (runs.folder / "run" / "result.json").exists()
+    os.rename(runs.folder / "run.jsonl", runs.folder / "before.jsonl")
+    runs.run("run", ranks=1)
+    runs.assert_every_video_once("before", "run")
+    np.testing.assert_allclose(runs.losses("run"), undisturbed.losses("run"), rtol=1e-5)
+    assert_same(undisturbed.folder / "run", runs.folder / "run", 1e-5)
+
+
+def test_gradients_add_up_to_those_of_a_whole_batch(runs, undisturbed):
+    """One rank that takes a clip at a time, and two that do."""
+    for ranks in (1, 2):
+        runs.run(f"run{ranks}", "micro_batch=1", ranks=ranks)
+        runs.assert_every_video_once(f"run{ranks}")
+        np.testing.assert_allclose(runs.losses(f"run{ranks}"), undisturbed.losses("run"), rtol=1e-4)
+        assert_same(undisturbed.folder / "run", runs.folder / f"run{ranks}", 1e-5)
+
+
+def test_reduced_in_bf16_they_stay_close(runs, undisturbed):
+    runs.run("run", "ranks.compression=bf16")
+    np.testing.assert_allclose(runs.losses("run"), undisturbed.losses("run"), rtol=2e-2)
+    assert runs.losses("run") != undisturbed.losses("run")
+
+
+def test_other_ranks_that_never_come(runs):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-m", "genkd", "train", "teacher", "--config", str(runs.config), "--out", "run",
+               f"data.dataset={runs.data.path}", "ranks.timeout_s=1"]  # fmt: skip
+    done = subprocess.run(
+        command, cwd=runs.folder, env={**os.environ, **place}, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 1
+    assert f"no rendezvous with the other ranks at 127.0.0.1:{port}" in done.stderr and "Traceback" not in done.stderr
+    assert not (runs.folder / "run").exists()
+
+
+def test_a_shard_that_vanishes_is_named_and_the_run_goes_on_when_it_is_back(runs, undisturbed, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(runs.data.path, copy)
+    gone = sorted((copy / "shards").glob("train-*.tar"))
+    vanish = f"""
+def before_step(rank, step, attempt):
+    for path in {[str(path) for path in gone]!r} if step == 0 else []:
+        os.path.exists(path) and os.unlink(path)
+"""
+    code, told = runs.run("run", f"data.dataset={copy}", fault=vanish, ranks=1, check=False)
+    if code:  # what had been opened before can still be read
+        assert "/shards/train-" in told and "Traceback" not in told.split("torch.distributed")[0]
+        for path in gone:
+            shutil.copyfile(runs.data.path / "shards" / path.name, path)
+        runs.run("run", f"data.dataset={copy}", ranks=1)
+    np.testing.assert_allclose(runs.losses("run"), undisturbed.losses("run"), rtol=1e-5)
+
+
+def test_not_a_number_ends_every_rank(runs):
+    broken = """
+def before_step(rank, step, attempt):
+    if (rank, step) == (1, 4):
+        import genkd.trainers.losses as losses
+        weigh = losses.weigh
+        losses.weigh = lambda *arguments: {name: value * float("nan") for name, value in weigh(*arguments).items()}
+"""
+    code, told = runs.run("run", fault=broken, check=False)
+    assert code != 0 and "the run diverged at step 5: recognizer/" in told
+    steps = [json.loads(line)["step"] for line in (runs.folder / "run" / "metrics.jsonl").open()]
+    assert steps == [1, 2, 3, 4]
