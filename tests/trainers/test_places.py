@@ -1,0 +1,128 @@
+"""Where ranks run, how they meet, and how one that is missing is named; without processes."""
+
+import threading
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from genkd.trainers import affinity
+from genkd.trainers.affinity import Cores
+from genkd.trainers.rendezvous import agree_on_prefix
+from genkd.trainers.watchdog import Watchdog
+
+
+def test_cores_are_shared_out():
+    all_of = tuple(range(8))
+    left, right = Cores(all_of, (0, 1, 2, 3)), Cores(all_of, (4, 5, 6, 7))
+    everyone = [("a", left), ("a", left), ("a", right), ("a", right), ("b", Cores((0, 1), (0, 1)))]
+    assert [affinity.share(everyone, rank) for rank in range(5)] == [(0, 1), (2, 3), (4, 5), (6, 7), (0, 1)]
+    uneven = [("a", Cores(all_of, all_of))] * 3
+    shares = [affinity.share(uneven, rank) for rank in range(3)]
+    assert sorted(core for own in shares for core in own) == list(all_of) and min(map(len, shares)) == 2
+    many = [("a", Cores((0, 1), (0, 1)))] * 3  # more ranks than cores
+    assert all(affinity.share(many, rank) == (0, 1) for rank in range(3))
+    given = [("a", Cores((0, 1), (0, 1))), ("a", Cores((2, 3), (2, 3)))]  # a scheduler has done it
+    assert [affinity.share(given, rank) for rank in range(2)] == [(0, 1), (2, 3)]
+
+
+def test_the_kernels_lists_of_cores():
+    assert affinity.parse("0-3,8,10-11\n") == [0, 1, 2, 3, 8, 10, 11] and affinity.parse("\n") == []
+    assert affinity.of(torch.device("cpu")).near == affinity.of(torch.device("cpu")).allowed
+    with pytest.raises(ValueError):
+        affinity.parse("a-b")
+
+
+def met(store, world_size, limit=20.0):
+    """The prefixes that ranks in threads get."""
+    found = [None] * world_size
+
+    def join(rank):
+        try:
+            found[rank] = agree_on_prefix(store.clone(), rank, world_size, limit)
+        except ValueError as error:
+            found[rank] = error
+
+    threads = [threading.Thread(target=join, args=(rank,)) for rank in range(world_size)]
+    for thread in reversed(threads):
+        thread.start()
+        time.sleep(0.03)
+    for thread in threads:
+        thread.join(30)
+    return found
+
+
+@pytest.fixture
+def store():
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def test_ranks_that_start_again_meet_under_a_fresh_name(store):
+    first, second = met(store, 3), met(store, 3)
+    assert len(set(first)) == len(set(second)) == 1 and first[0] != second[0]
+
+
+def test_the_word_of_a_dead_rank_counts_for_nothing(store):
+    met(store, 2)  # leaves names and an answer
+    with pytest.raises(ValueError, match=r"not all ranks have come within 1 s"):
+        agree_on_prefix(store, 0, 2, 0.6)
+    assert len(set(met(store, 2))) == 1
+
+
+def test_who_has_not_come_is_named(store):
+    with pytest.raises(ValueError, match=r"rank 1, 2 has not come within 0 s"):
+        agree_on_prefix(store, 0, 3, 0.3)
+
+
+def watched(store, capsys, progress, world_size=3, limit=1.6):
+    """What each rank's watchdog does after `limit` seconds; progress: what each does first, none for one that is not
+    there."""
+    left = {}
+    dogs = [
+        Watchdog(store.clone(), rank, world_size, limit, lambda code, rank=rank: left.setdefault(rank, code))
+        for rank in range(world_size)
+    ]
+    for rank, dog in enumerate(dogs):
+        if progress[rank]:
+            dog.__enter__()
+            dog.progress(*progress[rank])
+    deadline = time.monotonic() + 15
+    while len(left) < sum(map(bool, progress)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for rank, dog in enumerate(dogs):
+        if progress[rank]:
+            dog.__exit__()
+    assert set(left.values()) == {1}
+    return capsys.readouterr().err
+
+
+def test_the_rank_behind_is_named_by_the_lowest_other_one(store, capsys):
+    told = watched(
+        store, capsys, [("computes (step 5)", 33), ("waits for its data (step 5)", 32), ("computes (step 5)", 33)]
+    )
+    assert (
+        told.count("Error:") == 1
+        and "rank 0 has waited 2 s while it computes (step 5): it waits for rank 1 on " in told
+    )
+    assert "which still waits for its data (step 5) (ranks.timeout_s=1.6)" in told
+
+
+def test_a_silent_rank_is_named(store, capsys):
+    told = watched(store, capsys, [None, ("computes (step 5)", 33), ("computes (step 5)", 33)])
+    assert told.count("Error:") == 1 and "rank 1 has waited 2 s" in told and "nothing is heard of rank 0" in told
+
+
+def test_where_all_stand_at_one_place_none_is_blamed(store, capsys):
+    told = watched(store, capsys, [("computes (step 5)", 33)] * 3)
+    assert told.count("Error:") == 1 and "so have all others: the network between them may be down" in told
+
+
+def test_who_goes_on_is_left_alone(store, capsys):
+    left = []
+    with Watchdog(store, 0, 1, 0.8, left.append) as dog:
+        for step in range(15):
+            dog.progress("computes", step)
+            time.sleep(0.1)
+            dog.alive()
+    assert not left and not capsys.readouterr().err
