@@ -177,6 +177,13 @@ def round_products(wanted: str) -> None:
     torch.backends.cudnn.allow_tf32 = not exact
 
 
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UserError(f"the environment variable {name} is {text!r} and no number; torchrun sets it")
+    return int(text)
+
+
 @contextlib.contextmanager
 def ranks(wanted_device: str, config: RanksConfig | None = None) -> Iterator[Ranks]:
     """Joins the process group that torchrun describes (NCCL on GPUs, gloo on CPUs), if any, and leaves it after.
@@ -184,8 +191,7 @@ def ranks(wanted_device: str, config: RanksConfig | None = None) -> Iterator[Ran
     Raises UserError when the others cannot be reached, or are lost on the way.
     """
     config = config or RanksConfig()
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    world_size, rank, local_rank = _number("WORLD_SIZE", 1), _number("RANK", 0), _number("LOCAL_RANK", 0)
     device = choose_device(wanted_device, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)

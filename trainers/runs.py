@@ -84,10 +84,10 @@ class StopRequest:
         return Stopped(told, self.code(self.number))
 
     def ask(self, number: int, frame: object) -> None:
-        """The handler. A second signal interrupts at once."""
-        if self.number:
+        """The handler. A second Ctrl-C interrupts at once; SIGTERM may come twice, from a scheduler and from torchrun."""
+        if self.number and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.number = number
+        self.number = self.number or number
         if self._told:
             raise self.stopped(self._told)
 
