@@ -55,7 +55,7 @@ def fill(name: str, values: Iterable[str] = ()) -> str:
             raise UserError(
                 f"{place}={value!r} has {found[0]!r} in it, which a template cannot hold; edit the file instead"
             )
-        text = _LISTED.sub(lambda line, place=place: "" if line[1] == place else line[0], text)
+        text = re.sub(rf"^#   @{place}@ .*\n", "", text, flags=re.MULTILINE)
         text = text.replace(f"@{place}@", value)
     return text if _PLACE.search(text) else text.replace("# Fill in:\n#\n", "")
 

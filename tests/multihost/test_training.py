@@ -21,9 +21,9 @@ data: {clip_length: 16, size: 32, scales: [1.0, 0.875]}
 model: {width: 0.25, bn_momentum: 0.1}
 optimizer: {name: sgd, lr: 0.01}
 """
-# What a rank does on the hosts: genkd train, with its batch norm and dropout in eval mode, as their statistics and masks
-# are a rank's own; and with notes, before each step, of the attempt (a number that all ranks of it share), the world
-# size, the step, the epoch and the videos.
+# What a rank does on the hosts: genkd train, with batch norm and dropout in eval mode, as their statistics and masks are
+# a rank's own; and with notes, before each step, of the attempt (a number that all its ranks share), the world size,
+# the step, the epoch and the videos.
 RANK = """
 import datetime, json, os, time
 import torch.distributed as dist
