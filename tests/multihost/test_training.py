@@ -21,9 +21,9 @@ data: {clip_length: 16, size: 32, scales: [1.0, 0.875]}
 model: {width: 0.25, bn_momentum: 0.1}
 optimizer: {name: sgd, lr: 0.01}
 """
-# What a rank does on the hosts: genkd train, with batch norm and dropout in eval mode, as their statistics and masks are
-# a rank's own; and with notes, before each step, of the attempt (a number that all its ranks share), the world size,
-# the step, the epoch and the videos.
+# What a rank does on the hosts: genkd train, with batch norm and dropout in eval mode, as their statistics and masks
+# are a rank's own; and with notes, before each step, of the attempt (a number that all its ranks share), the world
+# size, the step, the epoch and the videos.
 RANK = """
 import datetime, json, os, time
 import torch.distributed as dist
@@ -180,8 +180,8 @@ def test_a_lost_host_costs_the_steps_since_the_last_checkpoint(hosts, script, da
 @pytest.mark.parametrize(
     ("head", "conf", "words"),
     [
-        ("10.83.0.9", "read_timeout=5", "10.83.0.9"),  # no such host
-        ("10.83.0.2", "read_timeout=5", "10.83.0.2"),  # nobody listens there
+        ("10.83.0.9", "read_timeout=5", "(10.83.0.9, 29400)"),  # no such host
+        ("10.83.0.2", "read_timeout=5", "(10.83.0.2, 29400)"),  # nobody listens there
         ("10.83.0.1", "join_timeout=5", "Rendezvous"),  # it is this host, but the other two never come
     ],
 )
