@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from . import __version__, cli_data, cli_detection, cli_evaluate, cli_export, cli_predict, cli_weights
+from . import __version__, cli_cluster, cli_data, cli_detection, cli_evaluate, cli_export, cli_predict, cli_weights
 from .cli_options import DEVICE, FOLDER, examples
 from .configs import PHASES
 from .errors import Stopped, UserError, explain_os_error
@@ -55,7 +55,7 @@ def main() -> None:
     logging.getLogger("genkd").setLevel(logging.INFO)
 
 
-_GROUPS = (cli_data, cli_evaluate, cli_detection, cli_predict, cli_weights, cli_export)
+_GROUPS = (cli_data, cli_evaluate, cli_detection, cli_predict, cli_weights, cli_export, cli_cluster)
 for _command in (command for group in _GROUPS for command in group.COMMANDS):
     main.add_command(_command)
 

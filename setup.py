@@ -48,7 +48,7 @@ setup(
     package_dir={"genkd": "."},
     packages=["genkd"] + ["genkd." + name for name in find_packages(exclude=["tests*"])],
     package_data={
-        "genkd.configs": ["*.yaml"],
+        "genkd.configs": ["*.yaml", "cluster/*"],
         "genkd.evaluation": ["*.j2"],
         "genkd.kernels": ["*.cu", "*.cuh"],
         "genkd.benchmarks": ["*.cu"],

@@ -10,7 +10,7 @@ import pytest
     "verb",
     [[], ["synth"], ["shard"], ["shard", "folder"], ["shard", "ucf101"], ["inspect"], ["verify"], ["train"],
      ["evaluate"], ["evaluate", "recognition"], ["evaluate", "detection"], ["fuse"], ["predict"],
-     ["import-checkpoint"], ["export"], ["demo"], ["report"], ["bench"], ["doctor"]],
+     ["import-checkpoint"], ["export"], ["cluster"], ["demo"], ["report"], ["bench"], ["doctor"]],
 )  # fmt: skip
 def test_every_verb_has_help(verb):
     from click.testing import CliRunner

@@ -3,6 +3,8 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -79,6 +81,42 @@ def test_a_node_that_is_killed_costs_only_time(cluster, few, plain, tmp_path, co
     # What a lost worker had reported was taken back: the sum is what was really done, once.
     assert sum(event.videos for event in events) == 11 and sum(event.rejected for event in events) == 1
     assert sum(event.frames for event in events) == 400
+
+
+@pytest.mark.slow
+def test_the_command_survives_the_power_cut_of_one_of_two_nodes(cluster, videos, tmp_path, genkd, content):
+    """All processes of a node are killed at once while one of them converts."""
+    whole = tmp_path / "whole"
+    genkd("shard", "ucf101", videos, whole, "--codec", "vp9", "--short-side", 96)
+    for node in list(cluster.worker_nodes):
+        cluster.remove_node(node)
+    cluster.add_node(num_cpus=1)
+    doomed = cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    raylet = doomed.all_processes["raylet"][0].process.pid
+    out, log = tmp_path / "out", tmp_path / "log"
+    command = [sys.executable, "-m", "genkd", "shard", "ucf101", videos, out, "--codec", "vp9", "--short-side", "96",
+               "--engine", "ray", "--address", cluster.address]  # fmt: skip
+    with open(log, "w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+
+    def finished():
+        return len(list(out.glob("shards/*.parquet")))
+
+    def children():
+        found = subprocess.run(["pgrep", "-P", str(raylet)], capture_output=True, text=True).stdout.split()
+        return {int(pid): Path(f"/proc/{pid}/cmdline").read_text() for pid in found if Path(f"/proc/{pid}").exists()}
+
+    while finished() < 5 or not any("ray::_call" in name for name in children().values()):
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.01)
+    for pid in (raylet, *children()):
+        os.kill(pid, signal.SIGKILL)
+    then = finished()
+    assert process.wait(timeout=200) == 0, log.read_text()
+    assert 5 <= then < len(list(whole.glob("shards/*.parquet")))
+    assert content(out) == content(whole)
+    cluster.remove_node(doomed, allow_graceful=False)
 
 
 def test_what_is_wrong_in_a_task_reaches_the_user(cluster, few, tmp_path):
