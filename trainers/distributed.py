@@ -110,8 +110,11 @@ class Ranks:
             self.watchdog.alive()
 
 
-def _in_bf16(world_size: int, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """Reduces a bucket of gradients in bfloat16: half the bytes. PyTorch's own hook of this kind refuses gloo."""
+def _in_bf16(world_size, bucket):  # type: ignore[no-untyped-def]
+    """Reduces a bucket of gradients in bfloat16: half the bytes. PyTorch's own hook of this kind refuses gloo.
+
+    DDP looks at a hook's annotations, and does not understand those that are kept as text.
+    """
     gradients = bucket.buffer()
     sent = gradients.to(torch.bfloat16).div_(world_size)
 

@@ -84,7 +84,7 @@ class StopRequest:
         return Stopped(told, self.code(self.number))
 
     def ask(self, number: int, frame: object) -> None:
-        """The handler. A second Ctrl-C interrupts at once; SIGTERM may come twice, from a scheduler and from torchrun."""
+        """The handler. A second Ctrl-C interrupts at once; SIGTERM may come twice, from a scheduler and torchrun."""
         if self.number and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.number = self.number or number
