@@ -29,11 +29,17 @@ class Ranks:
         return self.rank == 0
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """The module under DDP where there is more than one rank."""
+        """The module under DDP where there is more than one rank.
+
+        Batch norm's statistics stay each rank's own until same_buffers(): training does not read them, and giving all
+        ranks the main one's in every forward pass would make them wait for each other once more.
+        """
         if self.world_size == 1:
             return module
         devices = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True)
+        return DistributedDataParallel(
+            module, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """values added up over all ranks."""

@@ -27,6 +27,7 @@ from ..preprocessing.shards import Dataset
 from . import checkpoint, phases
 from .distributed import Ranks, ranks
 from .metrics import Clock, Diverged, Meter, MetricsLog, console_line
+from .observers import Observers, require
 from .selection import Selection
 from .step import Stepper
 
@@ -38,6 +39,9 @@ _FREE_KEYS = (
     "checkpoint_every",
     "keep_checkpoints",
     "tensorboard",
+    "wandb",
+    "prometheus",
+    "profile",
     "distill.teacher_cache",
     "compile",
     "cuda_graphs",
@@ -69,6 +73,7 @@ def train(config: TrainConfig, run: Path, say: Callable[[str], None] = print) ->
         (detect.require_actions if config.detects else recognition.require_classes)(dataset, split)
     with ranks(config.device) as place, backend.selected(config.kernels.backend):
         backend.require(config.kernels.backend, place.device.type)
+        place.on_main(lambda: require(config))
         torch.set_float32_matmul_precision("high")
         # Whatever is wrong with the input shows here, before the run folder is touched.
         resumed = checkpoint.newest(run / "checkpoints") is not None
@@ -102,7 +107,8 @@ class _Trainer:
                 )
             self.eval_loader = self._loader(config.data.eval_split, training=False)
         phase.place(place)
-        self.stepper = Stepper(config, phase, place, len(self.loader))
+        self.observers = Observers(config, run, place, phase)
+        self.stepper = Stepper(config, phase, place, len(self.loader), self.observers.shared)
         if config.distill.teacher_cache and phase.teacher is not None:
             folder, digest = Path(config.distill.teacher_cache), dataset.info["index_digest"]
             phase.teacher.remember(folder, digest, self.loader.rows, self.stepper.dtype)
@@ -129,9 +135,10 @@ class _Trainer:
                 draw = loader.epoch
                 epoch = draw // config.passes + 1
                 self.phase.train()
-                for batch in loader:
+                for batch in self.observers.steps(loader, self.step):
                     self.stepper.take(batch, draw, self.step, self.meter)
                     self.step += 1
+                    self.observers.done(self.step)
                     self._clips += batch.total
                     if self.step % config.log_every == 0 or loader.batch == 0:
                         self.log(metrics, epoch)
@@ -161,7 +168,7 @@ class _Trainer:
             "frames_per_s": values["clips_per_s"] * self.config.data.clip_length,
             "decoded_per_used": decoded / used if used else 0.0,
             "read_mb_per_s": megabytes / seconds if seconds else 0.0,
-        }
+        } | self.observers.gather()
         if metrics:
             metrics.write("train", self.step, {"epoch": epoch, **values})
             self.say(console_line(epoch, self.config.epochs, self.step, self.total_steps, values))
@@ -275,10 +282,11 @@ class _Trainer:
         return result
 
     def close(self) -> None:
-        """Ends the loaders' threads."""
+        """Ends the loaders' threads, and what looks on."""
         self.loader.close()
         if self.eval_loader:
             self.eval_loader.close()
+        self.observers.close()
 
     def _loader(self, split: str, *, training: bool) -> Loader:
         config, place = self.config, self.place
@@ -322,10 +330,12 @@ class _Trainer:
     @contextlib.contextmanager
     def _metrics(self) -> Iterator[MetricsLog | None]:
         if not self.place.is_main:
+            self.observers.open(self.step, self.total_steps)
             yield None
             return
         tensorboard, again = self.config.tensorboard, bool(self.unevaluated)
         with contextlib.closing(MetricsLog(self.run, self.step, tensorboard=tensorboard, evaluates_again=again)) as log:
+            log.sinks = self.observers.open(self.step, self.total_steps)
             yield log
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +20,16 @@ from .phases import Noise, Phase, Turn
 
 
 class Stepper:
-    """The optimizers of a phase and how they are stepped. The phase must be on its device already."""
+    """The optimizers of a phase and how they are stepped. The phase must be on its device already.
 
-    def __init__(self, config: TrainConfig, phase: Phase, place: Ranks, steps_per_pass: int):
+    shared: surrounds what the ranks do together, for who wants to time it.
+    """
+
+    def __init__(
+        self, config: TrainConfig, phase: Phase, place: Ranks, steps_per_pass: int,
+        shared: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    ):  # fmt: skip
+        self.shared = shared
         self.config, self.phase, self.place, self.steps_per_pass = config, phase, place, steps_per_pass
         self.optimizers = {
             name: optimizers.build(self.settings(name), module, place.device) for name, module in phase.modules.items()
@@ -64,7 +73,7 @@ class Stepper:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.zero_grad(set_to_none=True)
-            with self.phase.part("cvae" if stage.module == "cvae" else "student"):
+            with self.phase.part("cvae" if stage.module == "cvae" else "student"), self.shared():
                 self.scaler.scale(stage.terms["total"] * weight).backward()
             with self.phase.part("optimizer"):
                 if config.grad_clip:
