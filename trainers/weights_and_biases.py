@@ -49,8 +49,8 @@ class WandbRun:
             )
         except self._wandb.Error as error:
             raise UserError(
-                f"wandb={config.wandb}: {str(error).strip() or type(error).__name__}; log in with `wandb login`, or "
-                "set wandb=offline or off"
+                f"wandb={config.wandb}: {str(error).strip(' .') or type(error).__name__}; mend that, log in with "
+                "`wandb login`, or set wandb=offline or off"
             ) from None
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:

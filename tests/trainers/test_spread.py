@@ -3,9 +3,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from genkd.trainers import metrics, spread
-from genkd.trainers.spread import Row
+from genkd.trainers.distributed import Ranks
+from genkd.trainers.spread import Row, StepTimes
 
 # Rank 1 waits for its data in step 3, rank 0 has a slow forward pass in step 6; each is the last of its epoch.
 SLOWED = """
@@ -97,3 +99,20 @@ def test_a_straggler_exceeds_the_others_and_costs_them_time(own, rank):
 
 def test_a_rank_alone_is_not_compared():
     assert spread.text({"clips_per_s": 1.0}) == ""
+
+
+@pytest.mark.gpu
+def test_a_gpus_times_are_the_devices():
+    """Of each step's cycles a quarter is outside of what the ranks share; the host only launches them."""
+    times = StepTimes(Ranks(0, 1, torch.device("cuda", 0)), active=True)
+    for _ in range(3):
+        times.ask()
+        times.arrived()
+        torch.cuda._sleep(20_000_000)
+        with times.shared():
+            torch.cuda._sleep(60_000_000)
+        times.done()
+    assert times.gather() == {}
+    (row,) = times.rows
+    assert row.own == pytest.approx(row.step / 4, rel=0.1) and row.wait < row.own / 10
+    assert row.allocated is not None and row.reserved is not None
