@@ -172,7 +172,11 @@ def bench(what: str, data: Path | None, workloads: tuple[str, ...], tune: bool, 
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 def doctor(as_json: bool) -> None:
-    """Look over this machine: Python, PyTorch, GPUs, DALI, codecs, and one clip through the whole loader."""
+    """Look over this machine: Python, PyTorch, GPUs, cuDNN, NCCL, DALI, NVDEC, codecs, Apex, the kernels, free space,
+    and one clip through the whole loader.
+
+    The exit code is 1 where something that genkd needs is not fine, so that scripts can ask before they begin.
+    """
     from .doctor import examine
     from .tables import doctor_tables, show
 

@@ -4,32 +4,46 @@ from __future__ import annotations
 
 import ctypes.util
 import importlib
+import importlib.util
 import os
 import platform
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import av
 import torch
 
 from .errors import UserError
 
-_ENCODERS = ("libx264", "libvpx-vp9", "mjpeg", "mpeg4")
+_PYTHONS = ((3, 10), (3, 13))
+_TORCH = (2, 10)
+# What shards are written with, and synthetic and annotated videos; then what shards, UCF101, HMDB51, Kinetics and
+# THUMOS14 are read with.
+_ENCODERS = ("libx264", "libx265", "libvpx-vp9", "mjpeg", "mpeg4")
+_DECODERS = ("h264", "hevc", "vp9", "vp8", "mjpeg", "mpeg4", "av1")
+
+Finding = tuple[bool, str]
 
 
 def examine() -> list[dict[str, Any]]:
-    """One finding a line: what was looked at, whether it is fine, what was found. A missing GPU is fine."""
-    checks: list[tuple[str, Callable[[], tuple[bool, str]]]] = [
-        ("python", lambda: (True, platform.python_version())),
+    """{"what": what was looked at, "ok": whether it is as genkd needs it, "found": in words} of each check.
+
+    What is missing and only optional, such as a GPU or Apex, is fine.
+    """
+    checks: list[tuple[str, Callable[[], Finding]]] = [
+        ("python", _python),
         ("torch", _torch),
         ("gpu", _gpu),
         ("cudnn", _cudnn),
+        ("nccl", _nccl),
         ("dali", _dali),
         ("nvdec", _nvdec),
-        ("encoders", _encoders),
+        ("encoders", lambda: _codecs(_ENCODERS, "w")),
+        ("decoders", lambda: _codecs(_DECODERS, "r")),
         ("apex", _apex),
         ("kernels", _kernels),
         ("disk", lambda: _space(Path.cwd(), 1)),
@@ -46,53 +60,93 @@ def examine() -> list[dict[str, Any]]:
     return findings
 
 
-def _torch() -> tuple[bool, str]:
+def _python() -> Finding:
+    lowest, highest = (".".join(map(str, version)) for version in _PYTHONS)
+    fine = _PYTHONS[0] <= sys.version_info[:2] <= _PYTHONS[1]
+    return fine, platform.python_version() + ("" if fine else f"; genkd runs on {lowest} to {highest}")
+
+
+def _torch() -> Finding:
     major, minor = (int(part) for part in torch.__version__.split(".")[:2])
-    return (major, minor) >= (2, 10), f"{torch.__version__}, CUDA {torch.version.cuda or 'no'}"
+    found = f"{torch.__version__}, {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'without CUDA'}"
+    fine = (major, minor) >= _TORCH
+    return fine, found if fine else f"{found}; genkd needs {'.'.join(map(str, _TORCH))} or newer"
 
 
-def _gpu() -> tuple[bool, str]:
-    if not torch.cuda.is_available():
-        return True, "none; everything runs on the CPU"
-    return True, ", ".join(torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count()))
+def _gpu() -> Finding:
+    if torch.cuda.is_available():
+        return True, ", ".join(torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count()))
+    if Path("/dev/nvidia0").exists() and "CUDA_VISIBLE_DEVICES" not in os.environ:
+        why = "its driver is too old for it" if torch.version.cuda else "it was built without CUDA"
+        return False, f"there is one (/dev/nvidia0), but PyTorch does not see it: {why}"
+    return True, "none; everything runs on the CPU"
 
 
-def _cudnn() -> tuple[bool, str]:
-    version = torch.backends.cudnn.version() if torch.cuda.is_available() else None
+def _cudnn() -> Finding:
+    return of_cudnn(torch.backends.cudnn.version() if torch.cuda.is_available() else None)
+
+
+def of_cudnn(version: int | None) -> Finding:
+    """What is known of a version of cuDNN, numbered as 10,000 * major + 100 * minor + patch from 9 on.
+
+    Wrong results are not fine; what is slow in a layout that genkd does not train in is.
+    """
     if version is None:
         return True, "not used"
-    # pytorch issue 166643: bf16 conv3d of NCDHW tensors is slow and hungry before 9.15; genkd keeps channels_last_3d.
-    return True, f"{version}{' (before 9.15: bf16 conv3d is slow in NCDHW)' if version < 91500 else ''}"
+    name = f"{version // 10000}.{version // 100 % 100}.{version % 100}" if version >= 90000 else str(version)
+    if 90800 <= version < 91300:
+        return False, (
+            f"{name}: bf16 conv3d is wrong on very large inputs from 9.8 to 9.12 (pytorch issue 163539); install "
+            "nvidia-cudnn of 9.15 or newer for your CUDA"
+        )
+    slow = "; before 9.15 bf16 conv3d is slow in NCDHW (pytorch issue 166643), genkd trains in NDHWC"
+    return True, name + (slow if version < 91500 else "")
 
 
-def _dali() -> tuple[bool, str]:
+def _nccl() -> Finding:
+    if not torch.cuda.is_available():
+        return True, "not used"
+    if not torch.distributed.is_nccl_available():
+        alone = torch.cuda.device_count() == 1
+        return alone, "not in this PyTorch" + ("" if alone else ", so several GPUs cannot train together")
+    return True, ".".join(map(str, torch.cuda.nccl.version()))
+
+
+def _dali() -> Finding:
     dali = importlib.import_module("nvidia.dali")
     return True, dali.__version__
 
 
-def _nvdec() -> tuple[bool, str]:
+def _nvdec() -> Finding:
     if not torch.cuda.is_available():
         return True, "not used"
     library = ctypes.util.find_library("nvcuvid")
     return library is not None, library or "libnvcuvid is missing: the driver's video capability is not exposed here"
 
 
-def _encoders() -> tuple[bool, str]:
-    missing = [name for name in _ENCODERS if name not in av.codecs_available]
-    return not missing, f"PyAV {av.__version__}, " + (
-        f"without {', '.join(missing)}" if missing else ", ".join(_ENCODERS)
-    )
+def _codecs(names: tuple[str, ...], mode: Literal["r", "w"]) -> Finding:
+    missing = []
+    for name in names:
+        try:
+            av.Codec(name, mode)
+        except av.codec.codec.UnknownCodecError:
+            missing.append(name)
+    told = f"without {', '.join(missing)}" if missing else ", ".join(names)
+    return not missing, f"PyAV {av.__version__}, {told}"
 
 
-def _apex() -> tuple[bool, str]:
+def _apex() -> Finding:
+    if importlib.util.find_spec("apex") is None:
+        return True, "not installed (optional)"
     try:
         optimizers = importlib.import_module("apex.optimizers")
     except ImportError:
-        return True, "not installed (optional)"
-    return True, "with fused optimizers" if hasattr(optimizers, "FusedSGD") else "without fused optimizers"
+        return True, "another project of that name, as PyPI's; optimizer.backend=apex needs NVIDIA's (optional)"
+    fused = hasattr(optimizers, "FusedSGD")
+    return True, f"NVIDIA's, {'with' if fused else 'built without'} fused optimizers"
 
 
-def _kernels() -> tuple[bool, str]:
+def _kernels() -> Finding:
     from .kernels import backend
     from .kernels import compile as compiler
     from .kernels.boundary_max_pool import boundary_max_pool
@@ -105,12 +159,12 @@ def _kernels() -> tuple[bool, str]:
     return found.flatten().tolist() == [0, 0, 1, 0], f"compiled by NVRTC {version}, kept in {compiler.cache_folder()}"
 
 
-def _space(path: Path, needed_gb: float) -> tuple[bool, str]:
+def _space(path: Path, needed_gb: float) -> Finding:
     free = shutil.disk_usage(path).free / 1e9
     return free >= needed_gb, f"{free:.1f} GB free at {path}"
 
 
-def _one_clip() -> tuple[bool, str]:
+def _one_clip() -> Finding:
     from .configs.schema import DataConfig
     from .pipelines.loader import Loader
     from .preprocessing import sources

@@ -10,6 +10,7 @@ EXTRAS = {
     "ray": ["ray>=2.40"],
     "s3": ["s3fs>=2024.6"],
     "export": ["onnx>=1.17", "onnxscript>=0.5.3", "onnxruntime>=1.20"],
+    "wandb": ["wandb>=0.26"],
     "test": [
         "pytest>=8",
         "pytest-timeout>=2.3",
@@ -34,7 +35,7 @@ EXTRAS = {
         "nvidia-cuda-nvrtc>=13,<14",
     ],
 }
-EXTRAS["all"] = EXTRAS["ray"] + EXTRAS["s3"] + EXTRAS["export"]
+EXTRAS["all"] = EXTRAS["ray"] + EXTRAS["s3"] + EXTRAS["export"] + EXTRAS["wandb"]
 
 setup(
     name="genkd",

@@ -19,7 +19,7 @@ from .schema import TrainConfig
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 as text; everybody means a number."""
+    """YAML 1.1 reads 1e-4 as text, where everybody means a number, and 10:15 as 615, where nobody does."""
 
 
 _Loader.add_implicit_resolver(
@@ -27,9 +27,11 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?$"),
     list("-+0123456789."),
 )
+_INT, _WHOLE = "tag:yaml.org,2002:int", re.compile(r"^[-+]?(0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][\d_]*)$")
 # The pattern above also fits whole numbers, so their own resolver must be asked first.
-for _first, _rules in _Loader.yaml_implicit_resolvers.items():
-    _rules.sort(key=lambda rule: rule[0] != "tag:yaml.org,2002:int")
+for _rules in _Loader.yaml_implicit_resolvers.values():
+    _rules[:] = [(tag, _WHOLE if tag == _INT else pattern) for tag, pattern in _rules]
+    _rules.sort(key=lambda rule: rule[0] != _INT)
 
 
 def presets() -> dict[str, Path]:

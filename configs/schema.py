@@ -6,13 +6,16 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from . import values
+
 # YAML has lists only; the models are hashable, so sequences become tuples.
 _Floats = Annotated[tuple[float, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
 _Positive = Annotated[int, Field(ge=1)]
 _Fraction = Annotated[float, Field(ge=0, le=1)]
 _NonNegative = Annotated[float, Field(ge=0)]
 # To YAML, a bare `off` is false.
-_Compile = Annotated[Literal["off", "default", "max-autotune"], BeforeValidator(lambda v: "off" if v is False else v)]
+_off = BeforeValidator(lambda v: "off" if v is False else v)
+_Compile = Annotated[Literal["off", "default", "max-autotune"], _off]
 
 
 class _Frozen(BaseModel):
@@ -242,6 +245,24 @@ class TrainConfig(_Frozen):
         "last", description="which weights a finished run has in weights/; the best are in best/ in either case"
     )
     tensorboard: bool = True
+    wandb: Annotated[Literal["off", "offline", "online"], _off] = Field(
+        "off",
+        description="Weights & Biases, of the extra `wandb`; offline: into RUN/wandb, for `wandb sync`. A run that is "
+        "continued stays the same one there, by the id in RUN/wandb/genkd.json",
+    )
+    wandb_project: str = Field("genkd", min_length=1, description="project of Weights & Biases")
+    wandb_name: str = Field("", description="name of the run there; empty: the run folder's")
+    prometheus: Annotated[tuple[str, ...], BeforeValidator(values.as_prometheus)] = Field(
+        (),
+        description="metrics for Prometheus, at each log step: PATH.prom, a file of this run's own for node_exporter's "
+        "textfile collector; HOST:PORT or :PORT, served at /metrics; or a list of such. They are listed in "
+        "trainers/prometheus.py",
+    )
+    profile: Annotated[str, BeforeValidator(values.as_profile)] = Field(
+        "",
+        description="FIRST:LAST, steps from 0, without the last: PyTorch's profile of them, of every rank, as a Chrome "
+        "trace and a table of the ten most expensive ops in RUN/profile/; empty: none",
+    )
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     distill: DistillConfig = DistillConfig()

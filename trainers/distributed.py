@@ -47,6 +47,8 @@ class Ranks:
     def wrap(self, module: nn.Module, *, static: bool = False) -> nn.Module:
         """The module under DDP where there is more than one rank. static: each step uses the same parameters.
 
+        Batch norm's statistics stay each rank's own until same_buffers(): training does not read them, and giving all
+        ranks the main one's in every forward pass would make them wait for each other once more.
         Raises UserError for sync_bn without GPUs, for which PyTorch has none.
         """
         if self.world_size == 1:
@@ -58,7 +60,7 @@ class Ranks:
             module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
         wrapped = DistributedDataParallel(
             module, device_ids=[self.device.index] if on_gpu else None, gradient_as_bucket_view=True,
-            static_graph=static,
+            static_graph=static, broadcast_buffers=False,
         )  # fmt: skip
         if self.config.compression == "bf16":
             wrapped.register_comm_hook(self.world_size, _in_bf16)

@@ -24,6 +24,7 @@ from ..preprocessing.shards import Dataset
 from . import checkpoint, phases, runs
 from .distributed import Agreement, Ranks, ranks, round_products
 from .metrics import Clock, Diverged, Meter, MetricsLog, console_line
+from .observers import Observers, require
 from .selection import Selection
 from .step import Stepper
 
@@ -47,6 +48,7 @@ def train(config: TrainConfig, run: Path, say: Callable[[str], None] = print) ->
         (detect.require_actions if config.detects else recognition.require_classes)(dataset, split)
     with ranks(config.device, config.ranks) as place, backend.selected(config.kernels.backend):
         backend.require(config.kernels.backend, place.device.type)
+        place.on_main(lambda: require(config))
         round_products(config.precision)
         # Whatever is wrong with the input shows here, before the run folder is touched.
         resumed = checkpoint.newest(run / "checkpoints") is not None
@@ -80,7 +82,8 @@ class _Trainer:
                 )
             self.eval_loader = self._loader(config.data.eval_split, training=False)
         phase.place(place)
-        self.stepper = Stepper(config, phase, place, len(self.loader))
+        self.observers = Observers(config, run, place, phase)
+        self.stepper = Stepper(config, phase, place, len(self.loader), self.observers.shared)
         if config.distill.teacher_cache and phase.teacher is not None:
             folder, digest = Path(config.distill.teacher_cache), dataset.info["index_digest"]
             phase.teacher.remember(folder, digest, self.loader.rows, self.stepper.dtype)
@@ -110,9 +113,10 @@ class _Trainer:
                 epoch = draw // config.passes + 1
                 self.phase.train()
                 self.place.progress("waits for its data", self.step, 0)
-                for batch in loader:
+                for batch in self.observers.steps(loader, self.step):
                     self.stepper.take(batch, draw, self.step, self.meter)
                     self.step += 1
+                    self.observers.done(self.step)
                     self._clips += batch.total
                     if self.step % config.log_every == 0 or loader.batch == 0:
                         self.log(metrics, epoch)
@@ -143,7 +147,7 @@ class _Trainer:
             "frames_per_s": values["clips_per_s"] * self.config.data.clip_length,
             "decoded_per_used": decoded / used if used else 0.0,
             "read_mb_per_s": megabytes / seconds if seconds else 0.0,
-        }
+        } | self.observers.gather()
         if metrics:
             metrics.write("train", self.step, {"epoch": epoch, **values})
             self.say(console_line(epoch, self.config.epochs, self.step, self.total_steps, values))
@@ -265,11 +269,12 @@ class _Trainer:
         return result
 
     def close(self) -> None:
-        """Ends the threads of loaders and writer."""
+        """Ends the threads of loaders and writer, and what looks on."""
         self.writer.close()
         self.loader.close()
         if self.eval_loader:
             self.eval_loader.close()
+        self.observers.close()
 
     def _loader(self, split: str, *, training: bool) -> Loader:
         config, place = self.config, self.place
@@ -306,8 +311,10 @@ class _Trainer:
     @contextlib.contextmanager
     def _metrics(self) -> Iterator[MetricsLog | None]:
         if not self.place.is_main:
+            self.observers.open(self.step, self.total_steps)
             yield None
             return
         tensorboard, again = self.config.tensorboard, bool(self.unevaluated)
         with contextlib.closing(MetricsLog(self.run, self.step, tensorboard=tensorboard, evaluates_again=again)) as log:
+            log.sinks = self.observers.open(self.step, self.total_steps)
             yield log

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..files import write_atomically
+from . import spread
 from .distributed import Ranks
 from .losses import Terms
 
@@ -105,12 +107,13 @@ class Diverged(Exception):
 
 
 class MetricsLog:
-    """metrics.jsonl and TensorBoard of a run; only the main rank writes."""
+    """metrics.jsonl and TensorBoard of a run, and further sinks of the same lines; only the main rank writes."""
 
     def __init__(self, run: Path, step: int, *, tensorboard: bool, evaluates_again: bool = False):
         self._path = run / "metrics.jsonl"
         self._drop_after(step, evaluates_again)
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self.sinks: Sequence[Any] = ()
         self._board = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -121,6 +124,8 @@ class MetricsLog:
         """One line {kind, step, ...values}; numbers also go to TensorBoard."""
         self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         self._file.flush()
+        for sink in self.sinks:
+            sink.write(kind, step, values)
         if self._board is not None:
             for name, value in values.items():
                 if isinstance(value, int | float):
@@ -172,7 +177,7 @@ class Clock:
 
 
 def console_line(epoch: int, epochs: int, step: int, total: int, values: dict[str, float]) -> str:
-    """epoch, step, losses, rate, clips/s, data-wait share and time left, in one line."""
+    """epoch, step, losses, rate, clips/s, data-wait share, time left and how the ranks differ, in one line."""
     losses = " ".join(
         f"{name.removeprefix('recognizer/').replace('total', 'loss')} {value:.4g}"
         for name, value in sorted(
@@ -184,4 +189,4 @@ def console_line(epoch: int, epochs: int, step: int, total: int, values: dict[st
     return (
         f"epoch {epoch}/{epochs}  step {step}/{total}  {losses}  lr {values['lr']:.3g}  "
         f"{values['clips_per_s']:.1f} clips/s  wait {100 * values['data_wait']:.0f} %  ETA {minutes}:{seconds:02d}"
-    )
+    ) + spread.text(values)

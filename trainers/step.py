@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,16 @@ from .phases import Noise, Phase, Stage, Turn
 
 
 class Stepper:
-    """The optimizers of a phase and how they are stepped. The phase must be on its device already."""
+    """The optimizers of a phase and how they are stepped. The phase must be on its device already.
 
-    def __init__(self, config: TrainConfig, phase: Phase, place: Ranks, steps_per_pass: int):
+    shared: surrounds what the ranks do together, for who wants to time it.
+    """
+
+    def __init__(
+        self, config: TrainConfig, phase: Phase, place: Ranks, steps_per_pass: int,
+        shared: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    ):  # fmt: skip
+        self.shared = shared
         self.config, self.phase, self.place, self.steps_per_pass = config, phase, place, steps_per_pass
         self.optimizers = {
             name: optimizers.build(self.settings(name), module, place.device) for name, module in phase.modules.items()
@@ -104,7 +111,7 @@ class Stepper:
         # Every clip of the global batch weighs the same however unevenly its ranks, and their parts, share it.
         weight = batch.count * self.place.world_size / batch.total
         self.place.progress("adds up gradients with the others", step, 2 if stage.module == "cvae" else 3)
-        with self.phase.part("cvae" if stage.module == "cvae" else "student"):
+        with self.phase.part("cvae" if stage.module == "cvae" else "student"), self.shared():
             self.scaler.scale(stage.terms["total"] * weight).backward()
 
     def _finish(self, module: str, own: int) -> None:
