@@ -43,8 +43,9 @@ class StepTimes:
     that arrive while it is still busy cost nothing, and launching that is too slow for it does.
 
     What this does not see: the counts that detectors add up in their forward passes, where the others wait for a
-    straggler too, so that its share looks smaller than it is; a rank that is slow in backward passes alone, a slow link between ranks (the steps of all
-    grow, nobody's own time does), and evaluations, checkpoints and log lines, which come between steps.
+    straggler too, so that its share looks smaller than it is; a rank that is slow in backward passes alone, a slow link
+    between ranks (the steps of all grow, nobody's own time does), and evaluations, checkpoints and log lines, which come
+    between steps.
     """
 
     def __init__(self, place: Ranks, active: bool):
