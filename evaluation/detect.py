@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ..configs.schema import DataConfig
 from ..errors import UserError
-from ..models.checkpoints import ModelCard, load_detector, unnamed
+from ..files import sha256_of
+from ..models.checkpoints import ModelCard, find_weights, load_detector, unnamed
 from ..models.detector import DetectorOutput
 from ..models.i3d import fold_batch_norm
 from ..pipelines.loader import Loader
@@ -190,8 +191,9 @@ def detect_weights(
 ) -> dict[str, Any]:  # fmt: skip
     """The content of a results file of ActivityNet's layout, of stored weights on a split.
 
-    flow: weights and data set of a flow detector, whose outputs are averaged with those of RGB. Raises UserError for
-    weights and data that do not fit each other.
+    flow: weights and data set of a flow detector, whose outputs are averaged with those of RGB. Beside the results,
+    "genkd" tells split, data set and the SHA-256 of the weights. Raises UserError for weights and data that do not fit
+    each other.
     """
     model, card = load_detector(weights)
     data, models, flow_data = Dataset.open(dataset), [model], None
@@ -215,7 +217,10 @@ def detect_weights(
         dtype = distributed.precision(precision, place.device)
         found = windows(models, loader, place, dtype, progress.add if progress else lambda count: None)
         results = actions(found, data, decoding or decoding_for(card.modality == "flow", card.compat))
-    return {"version": "genkd", "results": results, "external_data": {}}
+    about = {"split": split, "dataset": str(data.storage), "weights_sha256": sha256_of(find_weights(weights))}
+    if flow is not None:
+        about["flow_weights_sha256"] = sha256_of(find_weights(flow[0]))
+    return {"version": "genkd", "results": results, "external_data": {}, "genkd": about}
 
 
 def require_actions(data: Dataset, split: str) -> None:

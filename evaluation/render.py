@@ -140,6 +140,7 @@ class ActionOverlay(Panels):
         """The rows."""
         left, plot_top, _, _ = self.plot
         draw = ImageDraw.Draw(strip)
+        most = max((action.score for action in self._timeline.actions), default=1.0)
         for number, label in enumerate(self._rows):
             y = plot_top - top + number * self.row
             room = left - self._margin - 3 * self._pad
@@ -149,7 +150,7 @@ class ActionOverlay(Panels):
             own = [action for action in self._timeline.actions if action.label == label]
             for action in sorted(own, key=lambda action: action.score):
                 first, last = self.head_x(action.start_s), self.head_x(action.end_s)
-                shade = 0.35 + 0.65 * min(1.0, action.score)
+                shade = 0.35 + 0.65 * action.score / most
                 red, green, blue = (round(shade * value) for value in colour)
                 draw.rectangle((first, y + 2, max(first + 1, last - 2), y + self.row - 3), fill=(red, green, blue, 235))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -32,16 +33,19 @@ def write_timeline(path: Path, timeline: Timeline | ActionTimeline, classes: Seq
     rows = sorted({segment.label for segment in segments}, key=lambda label: _first(segments, label))
     figure = Figure(figsize=(_WIDTH, 1.45 + _ROW * max(2, len(rows))), dpi=_DPI, layout="constrained")
     axes = figure.add_subplot()
-    draw_segments(axes, segments, rows)
+    # Detectors differ in how high their scores are: the scale ends with the next tenth.
+    most = min(1.0, max(1, math.ceil(10 * max((segment.score for segment in segments), default=1.0) - 1e-9)) / 10)
+    scale = Normalize(0, most, clip=True)
+    draw_segments(axes, segments, rows, scale)
     _label(axes, rows, classes, timeline.duration_s)
     if not segments:
         axes.text(0.5, 0.5, "no action", transform=axes.transAxes, ha="center", va="center", color=_SOFT, fontsize=12)
     axes.set_title(drawable(title, 0) if title else "", loc="left", color=_INK, fontsize=11, pad=10)
-    bar = figure.colorbar(ScalarMappable(Normalize(0, 1), _SHADES), ax=axes, pad=0.015, aspect=max(8, 5 * len(rows)))
+    bar = figure.colorbar(ScalarMappable(scale, _SHADES), ax=axes, pad=0.015, aspect=max(8, 5 * len(rows)))
     bar.set_label("score", color=_SOFT, fontsize=9)
     bar.outline.set_visible(False)  # type: ignore[operator]
     bar.ax.tick_params(length=0, labelsize=8, labelcolor=_SOFT)
-    bar.set_ticks([0, 0.5, 1])
+    bar.set_ticks([0, most / 2, most], labels=[f"{100 * value:g} %" for value in (0, most / 2, most)])
     buffer = BytesIO()
     FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
     with explained(f"writing {path}"):
@@ -49,13 +53,18 @@ def write_timeline(path: Path, timeline: Timeline | ActionTimeline, classes: Seq
         write_atomically(path, buffer.getvalue())
 
 
-def draw_segments(axes: Axes, segments: Sequence[Segment | Action], rows: Sequence[int]) -> None:
+def draw_segments(axes: Axes, segments: Sequence[Segment | Action], rows: Sequence[int], scale: Normalize) -> None:
     """Bars of the segments, a row a class of `rows`; the surest lie above those that they overlap."""
     for segment in sorted(segments, key=lambda segment: segment.score):
         row, length = rows.index(segment.label), segment.end_s - segment.start_s
-        score = min(1.0, max(0.0, segment.score))
         axes.barh(
-            row, length, left=segment.start_s, height=0.66, color=_SHADES(score), edgecolor="white", linewidth=0.7
+            row,
+            length,
+            left=segment.start_s,
+            height=0.66,
+            color=_SHADES(scale(segment.score)),
+            edgecolor="white",
+            linewidth=0.7,
         )
 
 

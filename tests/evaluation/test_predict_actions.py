@@ -121,7 +121,7 @@ def test_actions_are_those_of_the_shards(make_weights, place, stored, overrides,
 
 
 def test_actions_of_a_raw_source_are_those_of_its_shards(weights, place, raw):
-    """The file that the shards were made of, at 30 frames a second and of another size: what differs is H.264's loss."""
+    """The file that the shards were made of, at another rate and size: what differs is H.264's loss."""
     with av.open(str(raw)) as container:
         stream = container.streams.video[0]
         assert (stream.width, stream.height) == (48, 48) and stream.average_rate == 30
