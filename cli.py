@@ -114,13 +114,25 @@ def demo(out: Path, device: str, seed: int) -> None:
 @main.command()
 @click.argument("runs", nargs=-1, required=True, type=FOLDER)
 @click.option("--out", type=FOLDER, help="File to write  [default: report.html in the first run]")
-@examples("genkd report runs/student\ngenkd report runs/teacher runs/plain runs/student --out report.html")
-def report(runs: tuple[Path, ...], out: Path | None) -> None:
-    """Write one self-contained HTML page about training runs: curves, accuracies, confusion, attention."""
+@click.option("--ground-truth", type=FOLDER, help="Of detectors: JSON of THUMOS14 or ActivityNet, may be gzipped  "
+              "[default: the annotations of the data set that was detected in]")  # fmt: skip
+@click.option("--subset", help="Of that file, ActivityNet: validation  [default: test]")
+@examples(
+    "genkd report runs/student\n"
+    "genkd report runs/teacher runs/plain runs/student --out report.html\n"
+    "genkd detect runs/thumos14/student data/thumos14 runs/thumos14/student/evaluation/detections.json\n"
+    "genkd report runs/thumos14/student --ground-truth thumos_gt.json"
+)
+def report(runs: tuple[Path, ...], out: Path | None, ground_truth: Path | None, subset: str | None) -> None:
+    """Write one self-contained HTML page about training runs: curves, accuracies, confusion, attention.
+
+    What `genkd evaluate recognition --out RUN/evaluation` measured is shown too. Of detectors' runs: curves, and mAP,
+    average recall and kinds of errors of what `genkd detect` put into RUN/evaluation/detections.json.
+    """
     from .evaluation.report import write_report
 
     path = out or runs[0] / "report.html"
-    write_report(path, list(runs))
+    write_report(path, list(runs), ground_truth=ground_truth, subset=subset)
     click.echo(f"open {path}")
 
 

@@ -20,8 +20,11 @@ _LARGEST = 2160
 @click.command()
 @click.argument("videos", nargs=-1, required=True)
 @click.option("--weights", required=True, type=FOLDER, help="A run folder or a weights file.")
-@click.option("--top", default=5, show_default=True, type=click.IntRange(1), help="Classes to name.")
-@click.option("--hop", default=0.5, show_default=True, help="From one window to the next, in clip lengths, 0 to 1.")
+@click.option("--top", type=click.IntRange(1), help="Classes to name  [default: 5]; of a detector's actions in a video "
+              "the best so many  [default: all]")  # fmt: skip
+@click.option("--threshold", type=click.FloatRange(0, 1), help="Least score of a detector's actions  [default: 0.1]")
+@click.option("--hop", type=float, help="From one window to the next, in clip lengths, 0 to 1  [default: 0.5, a "
+              "detector's as in its evaluation]")  # fmt: skip
 @click.option("--stride-seconds", type=float, help="The same in seconds; wins over --hop.")
 @click.option("--fps", type=float, help="Frames a second to see  [default: as the weights' data set]")
 @click.option("--short-side", type=int, help="Pixels to scale to first, 0: none  [default: as the weights' data set]")
@@ -34,16 +37,19 @@ _LARGEST = 2160
               "folder.")  # fmt: skip
 @click.option("--render-side", default=720, show_default=True, type=click.IntRange(240, _LARGEST),
               help="Short side of that picture at most.")  # fmt: skip
+@click.option("--timeline", type=FOLDER, help="Draw what was found over time, classes as rows: a .png file, or a "
+              "folder.")  # fmt: skip
 @click.option("--out", type=FOLDER, help="Write everything as JSON into this file.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @examples(
     "genkd predict party.mp4 --weights runs/student\n"
     "genkd predict recordings/ 'more/**/*.mkv' --weights runs/student --out found.json\n"
     "genkd predict long.mp4 --weights runs/student --stride-seconds 5 --json | jq '.videos[].segments'\n"
-    "genkd predict party.mp4 --weights runs/student --render party-seen.mp4"
+    "genkd predict party.mp4 --weights runs/student --render party-seen.mp4\n"
+    "genkd predict match.mp4 --weights runs/thumos14/student --threshold 0.4 --timeline match.png"
 )
-def predict(videos: tuple[str, ...], weights: Path, render: Path | None, render_side: int, out: Path | None,
-            as_json: bool, **options: Any) -> None:  # fmt: skip
+def predict(videos: tuple[str, ...], weights: Path, render: Path | None, render_side: int, timeline: Path | None,
+            out: Path | None, as_json: bool, **options: Any) -> None:  # fmt: skip
     """Say what raw VIDEOS show, as a whole and from when to when.
 
     VIDEOS are files, folders that are searched through, and quoted patterns. Each video is brought to the frame rate
@@ -51,27 +57,30 @@ def predict(videos: tuple[str, ...], weights: Path, render: Path | None, render_
     frame rate and is scaled to 256 pixels, as `genkd shard` does. Its windows are clips as in the evaluation; windows
     next to each other with the same best class are joined. A video shorter than a clip is filled up as in training.
 
+    With a detector's WEIGHTS: which actions there are in untrimmed VIDEOS, as `genkd detect` finds them in a data set;
+    without that on this machine, at 10 frames a second and 112x112 pixels.
+
     Exits with 1 if any video could not be read to its end or not be rendered; what is said about the others, and about
     what could be read of it, is complete.
     """
-    from .evaluation.predict import Predictor, PredictSettings, find_videos, to_json, write
+    from .evaluation.predict import PredictSettings, find_videos, to_json, write
     from .files import prepare_file
     from .models.checkpoints import find_weights
     from .progress import bar
 
     refuse_ranks("predict")
     paths = find_videos(videos)
-    targets = _targets(paths, render)
-    _refuse_overwriting(paths, find_weights(weights), targets, out)
-    predictor = Predictor(weights, PredictSettings(**options))
-    for place in (*targets.values(), *([out] if out else [])):
+    targets, charts = _targets(paths, render, "render", ".mp4"), _targets(paths, timeline, "timeline", ".png")
+    _refuse_overwriting(paths, find_weights(weights), targets, charts, out)
+    predictor = _predictor(weights, PredictSettings(**options))
+    for place in (*targets.values(), *charts.values(), *([out] if out else [])):
         prepare_file(place)
     with bar("predicting", "windows") as progress:
         progress.start(sum(predictor.expected_windows(path) for path in paths))
         found = [predictor.predict(path, progress.add) for path in paths]
     values = to_json(predictor, found)
     for entry in values["videos"]:
-        entry["rendered"] = entry["render_error"] = None
+        entry["rendered"] = entry["render_error"] = entry["timeline"] = None
     problem = None
     if out:
         try:  # before anything is shown, as who reads it may stop reading, which ends this process
@@ -79,11 +88,13 @@ def predict(videos: tuple[str, ...], weights: Path, render: Path | None, render_
         except UserError as error:
             problem = error
     if not as_json:
-        _show(values["videos"])
+        _show(values["videos"], values["settings"]["threshold"])
+    _draw(found, predictor.card.classes, charts)
     problems = _render(found, predictor.card.classes, targets, render_side)
     for entry, path in zip(values["videos"], paths, strict=True):
         drawn = path in targets and entry["windows"] and path not in problems
         entry["rendered"], entry["render_error"] = str(targets[path]) if drawn else None, problems.get(path)
+        entry["timeline"] = str(charts[path]) if path in charts and entry["windows"] else None
     if as_json:
         click.echo(json.dumps(values, indent=2, ensure_ascii=False))
     for entry in values["videos"]:
@@ -92,9 +103,31 @@ def predict(videos: tuple[str, ...], weights: Path, render: Path | None, render_
                 click.echo(f"{entry['path']}: {what}", err=True)
     if problem is not None:
         raise problem
-    if out and targets:
+    if out and (targets or charts):
         write(out, values)
     sys.exit(1 if values["failed"] or problems else 0)
+
+
+def _predictor(weights: Path, settings: Any) -> Any:
+    """What has the weights: of a recognizer or a detector."""
+    from .models.checkpoints import read_card
+
+    if read_card(weights).task == "detection":
+        from .evaluation.predict_actions import ActionPredictor
+
+        return ActionPredictor(weights, settings)
+    from .evaluation.predict import Predictor
+
+    return Predictor(weights, settings)
+
+
+def _draw(found: Sequence[Any], classes: tuple[str, ...], charts: dict[Path, Path]) -> None:
+    """Draws the timelines of what was scored."""
+    from .evaluation.timeline_chart import write_timeline
+
+    for entry in found:
+        if entry.timeline is not None and entry.path in charts:
+            write_timeline(charts[entry.path], entry.timeline, classes, title=entry.path.name)
 
 
 def _render(found: Sequence[Any], classes: tuple[str, ...], targets: dict[Path, Path], side: int) -> dict[Path, str]:
@@ -116,46 +149,49 @@ def _render(found: Sequence[Any], classes: tuple[str, ...], targets: dict[Path, 
     return problems
 
 
-def _refuse_overwriting(paths: Sequence[Path], weights: Path, targets: dict[Path, Path], out: Path | None) -> None:
+def _refuse_overwriting(
+    paths: Sequence[Path], weights: Path, targets: dict[Path, Path], charts: dict[Path, Path], out: Path | None
+) -> None:
     """Raises UserError where a result would be written over what is read, or over another result."""
-    read = {os.path.realpath(path): f"the video {path}" for path in paths}
-    read[os.path.realpath(weights)] = f"the weights {weights}"
-    for target in targets.values():
-        if os.path.realpath(target) in read:
-            raise UserError(f"--render would write over {read[os.path.realpath(target)]}; choose another place")
-    if out is not None:
-        taken = read | {os.path.realpath(target): f"the rendering {target}" for target in targets.values()}
-        if os.path.realpath(out) in taken:
-            raise UserError(f"--out {out} would write over {taken[os.path.realpath(out)]}; choose another file")
+    taken = {os.path.realpath(path): f"the video {path}" for path in paths}
+    taken[os.path.realpath(weights)] = f"the weights {weights}"
+    results = [("--render", place, "the rendering") for place in targets.values()]
+    results += [("--timeline", place, "the timeline") for place in charts.values()]
+    results += [] if out is None else [("--out", out, "the results")]
+    for option, place, name in results:
+        if os.path.realpath(place) in taken:
+            shown, choose = (f"--out {out}", "file") if place is out else (option, "place")
+            raise UserError(f"{shown} would write over {taken[os.path.realpath(place)]}; choose another {choose}")
+        taken[os.path.realpath(place)] = f"{name} {place}"
 
 
-def _targets(paths: Sequence[Path], place: Path | None) -> dict[Path, Path]:
-    """Where each video's rendering goes: the file `place`, or files below it that are named as the videos are."""
+def _targets(paths: Sequence[Path], place: Path | None, option: str, suffix: str) -> dict[Path, Path]:
+    """Where each video's result goes: the file `place`, or files below it that are named as the videos are."""
     from .preprocessing.lookup import video_stem
 
     if place is None:
         return {}
-    if place.suffix.lower() == ".mp4" and not place.is_dir():
+    if place.suffix.lower() == suffix and not place.is_dir():
         if len(paths) > 1:
-            raise UserError(f"--render {place} is one file, but there are {len(paths)} videos; name a folder")
-        targets = {paths[0]: place}
-    else:
-        if place.is_file():
-            raise UserError(f"--render {place} is a file that does not end in .mp4; name a folder or a .mp4 file")
-        if not place.is_dir() and video_stem(place.name) != place.name:
-            raise UserError(f"--render {place}: renderings are MP4 only; name a folder or a .mp4 file")
-        whole = [Path(os.path.abspath(path)) for path in paths]
-        root = os.path.commonpath([path.parent for path in whole])
-        names = [os.path.relpath(path, root) for path in whole]
-        stems = [os.path.splitext(name)[0] for name in names]
-        targets = {
-            path: place / f"{stem if stems.count(stem) == 1 else name}.mp4"
-            for path, name, stem in zip(paths, names, stems, strict=True)
-        }
-    return targets
+            raise UserError(f"--{option} {place} is one file, but there are {len(paths)} videos; name a folder")
+        return {paths[0]: place}
+    if place.is_file():
+        raise UserError(f"--{option} {place} is a file that does not end in {suffix}; name a folder or a {suffix} file")
+    kind, other = ("renderings are MP4", video_stem(place.name) != place.name) if suffix == ".mp4" else (
+        "timelines are PNG", place.suffix.lower() in (".jpg", ".jpeg", ".pdf", ".svg", ".webp"))  # fmt: skip
+    if not place.is_dir() and other:
+        raise UserError(f"--{option} {place}: {kind} only; name a folder or a {suffix} file")
+    whole = [Path(os.path.abspath(path)) for path in paths]
+    root = os.path.commonpath([path.parent for path in whole])
+    names = [os.path.relpath(path, root) for path in whole]
+    stems = [os.path.splitext(name)[0] for name in names]
+    return {
+        path: place / f"{stem if stems.count(stem) == 1 else name}{suffix}"
+        for path, name, stem in zip(paths, names, stems, strict=True)
+    }
 
 
-def _show(videos: Sequence[dict[str, Any]]) -> None:
+def _show(videos: Sequence[dict[str, Any]], threshold: float | None) -> None:
     from rich.table import Table
 
     from .evaluation.timeline import clock
@@ -164,12 +200,16 @@ def _show(videos: Sequence[dict[str, Any]]) -> None:
     for video in videos:
         if not video["windows"]:
             continue
-        count = len(video["windows"])
+        found = video["windows"]
+        count = found if isinstance(found, int) else len(found)
         # No table's title, which would be as narrow as the table.
         click.echo(
-            f"{video['path']}: {clock(video['duration_s'])} at {video['fps']:g} frames/s, {count} "
-            f"window{'s' if count > 1 else ''}"
+            f"{video['path']}: {clock(video['duration_s'])} at {video['fps']:g} frames/s, {_number(count, 'window')}"
+            + (f", {_number(len(video['segments']), 'action')}" if threshold is not None else "")
         )
+        if threshold is not None:
+            _show_actions(video, threshold)
+            continue
         whole = Table("class")
         whole.add_column("score", justify="right")
         for entry in video["top"]:
@@ -183,6 +223,35 @@ def _show(videos: Sequence[dict[str, Any]]) -> None:
                 f"{100 * entry['score']:.1f} %", str(entry["windows"]),
             )  # fmt: skip
         show([whole, parts])
+
+
+def _show_actions(video: dict[str, Any], threshold: float) -> None:
+    """A detector's actions in a video, and what is not among them."""
+    from rich.table import Table
+
+    from .evaluation.timeline import clock
+    from .tables import show
+
+    if video["segments"]:
+        table = Table("class", "from", "to")
+        table.add_column("score", justify="right")
+        for entry in video["segments"]:
+            table.add_row(
+                entry["class"], clock(entry["start_s"]), clock(entry["end_s"]), f"{100 * entry['score']:.1f} %"
+            )
+        show([table])
+    elif video["best_left_out"]:
+        best = video["best_left_out"]
+        click.echo(
+            f"no action has a score of {100 * threshold:g} % (--threshold {threshold:g}); the best is {best['class']} "
+            f"from {clock(best['start_s'])} to {clock(best['end_s'])} with {100 * best['score']:.1f} %"
+        )
+    else:
+        click.echo("no action found")
+
+
+def _number(count: int, name: str) -> str:
+    return f"{count} {name}{'' if count == 1 else 's'}"
 
 
 COMMANDS = (predict,)

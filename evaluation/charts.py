@@ -20,8 +20,11 @@ _STYLE: dict[str, Any] = {"color": "#46505a", "fontsize": 9}
 Series = dict[str, tuple[list[float], list[float]]]
 
 
-def lines(series: Series, x_label: str, y_label: str, *, percent: bool = False, floor: float | None = None) -> str:
-    """One line a name; floor draws a dashed line, such as the accuracy of guessing."""
+def lines(
+    series: Series, x_label: str, y_label: str, *, percent: bool = False, floor: float | None = None,
+    whole: bool = True,
+) -> str:  # fmt: skip
+    """One line a name; floor draws a dashed line, such as the accuracy of guessing; whole: percent up to 100."""
     figure = Figure(figsize=(5.4, 3.1), layout="constrained")
     axes = figure.add_subplot()
     for number, (name, (x, y)) in enumerate(series.items()):
@@ -37,14 +40,17 @@ def lines(series: Series, x_label: str, y_label: str, *, percent: bool = False, 
     if floor is not None:
         axes.axhline(floor, color="#9aa4ad", linestyle="--", linewidth=1)
         axes.annotate("guessing", (0.995, floor), xycoords=("axes fraction", "data"), ha="right", va="bottom", **_STYLE)
-    _finish(axes, x_label, y_label)
-    axes.set_ylim(bottom=0, top=1 if percent else None)
+    finish(axes, x_label, y_label)
+    axes.set_ylim(bottom=0, top=1 if percent and whole else None)
+    if x_label == "epoch":
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if percent:
-        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
     figure.legend(
         frameon=False, fontsize=9, loc="outside lower center", ncols=min(4, len(series)), labelcolor="#46505a"
     )
-    return _svg(figure)
+    return svg(figure)
 
 
 def bars(values: dict[str, float], x_label: str) -> str:
@@ -56,9 +62,9 @@ def bars(values: dict[str, float], x_label: str) -> str:
     drawn = axes.barh(names, [values[name] for name in names], color=colours, height=0.62)
     axes.bar_label(drawn, fmt="{:.1f}", padding=4, **_STYLE)
     axes.margins(x=0.14)
-    _finish(axes, x_label, "")
+    finish(axes, x_label, "")
     axes.grid(False)
-    return _svg(figure)
+    return svg(figure)
 
 
 def confusion(matrix: np.ndarray, classes: list[str]) -> str:
@@ -78,7 +84,7 @@ def confusion(matrix: np.ndarray, classes: list[str]) -> str:
     axes.set_ylabel("true", **_STYLE)
     axes.tick_params(length=0, labelsize=8, labelcolor="#46505a")
     axes.spines[:].set_visible(False)
-    return _svg(figure)
+    return svg(figure)
 
 
 def reliability(bins: list[dict[str, Any]]) -> str:
@@ -94,14 +100,14 @@ def reliability(bins: list[dict[str, Any]]) -> str:
         middles, [entry["confidence"] for entry in filled], color=COLOURS[2], s=18, zorder=4, label="mean confidence"
     )
     below.bar(middles, [entry["videos"] for entry in filled], width=width, color="#c3ccd3")
-    _finish(axes, "", "share")
-    _finish(below, "confidence", "videos")
+    finish(axes, "", "share")
+    finish(below, "confidence", "videos")
     axes.set(xlim=(0, 1), ylim=(0, 1))
     below.yaxis.set_major_locator(MaxNLocator(2, integer=True))
     for axis in (axes.yaxis, below.xaxis):
         axis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
     figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=3, labelcolor="#46505a")
-    return _svg(figure)
+    return svg(figure)
 
 
 def attention(curves: dict[str, tuple[np.ndarray, np.ndarray]], colours: dict[str, str], width: float) -> str:
@@ -111,11 +117,11 @@ def attention(curves: dict[str, tuple[np.ndarray, np.ndarray]], colours: dict[st
     for name, (seconds, values) in curves.items():
         label = f"{name}, mean {values.mean():.2f}"
         axes.plot(seconds, 100 * (values / values.mean() - 1), label=label, color=colours[name], linewidth=1.7)
-    _finish(axes, "seconds", "% of mean")
+    finish(axes, "seconds", "% of mean")
     axes.yaxis.set_major_formatter("{x:+.0f}")
     axes.margins(x=0)
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return _svg(figure)
+    return svg(figure)
 
 
 def strip(frames: np.ndarray) -> str:
@@ -132,7 +138,8 @@ def heat(frames: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return np.concatenate([frames, bar], 1)
 
 
-def _finish(axes: Axes, x_label: str, y_label: str) -> None:
+def finish(axes: Axes, x_label: str, y_label: str) -> None:
+    """Labels, a faint grid and no frame."""
     axes.set_xlabel(x_label, **_STYLE)
     axes.set_ylabel(y_label, **_STYLE)
     axes.tick_params(length=0, labelsize=9, labelcolor="#46505a")
@@ -141,7 +148,8 @@ def _finish(axes: Axes, x_label: str, y_label: str) -> None:
     axes.spines[:].set_visible(False)
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
+    """The figure as an element of a page."""
     buffer = io.StringIO()
     FigureCanvasSVG(figure).print_svg(buffer, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = buffer.getvalue()

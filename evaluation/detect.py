@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ..configs.schema import DataConfig
 from ..errors import UserError
-from ..models.checkpoints import ModelCard, load_detector, unnamed
+from ..files import sha256_of
+from ..models.checkpoints import ModelCard, find_weights, load_detector, unnamed
 from ..models.detector import DetectorOutput
 from ..models.i3d import fold_batch_norm
 from ..pipelines.loader import Loader
@@ -78,25 +79,15 @@ def windows(
     Raises NotFinite for scores that are not.
     """
     found, modes = [], [model.training for model in models]
-    plain = getattr(models[-1], "compat", "none") == "reference"
     for model in models:
         model.eval()
-    with torch.inference_mode():
-        for batch in loader:
-            place.alive()
-            assert batch.windows is not None
-            clips = [batch.clips] if batch.flow is None else [batch.clips, batch.flow]
-            with torch.autocast(place.device.type, dtype, enabled=dtype != torch.float32):
-                outputs = [
-                    # The original's fusion leaves the flow's features unweighted.
-                    model(own.float() if dtype == torch.float32 else own, attend=not (place_of and plain))
-                    for place_of, (model, own) in enumerate(zip(models, clips, strict=True))
-                ]
-            segments, scores = decode(average(outputs) if len(outputs) > 1 else outputs[0], loader.config.clip_length)
-            rows, offsets = batch.ids[: batch.count].tolist(), batch.windows.offsets[: batch.count].tolist()
-            arrays = segments.cpu().numpy(), scores.cpu().numpy()
-            found += [Found(*values) for values in zip(rows, offsets, *arrays, strict=False)]
-            on_batch(batch.count)
+    for batch in loader:
+        place.alive()
+        assert batch.windows is not None
+        clips = [batch.clips] if batch.flow is None else [batch.clips, batch.flow]
+        rows, offsets = batch.ids[: batch.count].tolist(), batch.windows.offsets[: batch.count].tolist()
+        found += score(models, clips, rows, offsets, dtype)
+        on_batch(batch.count)
     for model, training in zip(models, modes, strict=True):
         model.train(training)
     every = sorted((entry for part in place.gather(found) for entry in part), key=lambda entry: entry[:2])
@@ -107,33 +98,61 @@ def windows(
     return every
 
 
-def actions(found: list[Found], dataset: Dataset, decoding: Decoding = Decoding()) -> dict[str, list[dict[str, Any]]]:
-    """Actions of each video by key: {"label", "score", "segment": [start, end] in seconds}, highest score first.
+def score(
+    models: Sequence[nn.Module], clips: Sequence[Tensor], rows: Sequence[int], offsets: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+) -> list[Found]:  # fmt: skip
+    """What detectors in eval mode find in the first len(rows) windows of a batch, by the mean of their outputs.
 
-    A class at a time, anchors above the threshold go through Gaussian soft-NMS; segments end with their video.
+    clips: (N,C,T,H,W) of each detector, on its device; rows, offsets: the windows' videos and first frames.
     """
-    results: dict[str, list[dict[str, Any]]] = {}
+    plain = getattr(models[-1], "compat", "none") == "reference"
+    with torch.inference_mode(), torch.autocast(clips[0].device.type, dtype, enabled=dtype != torch.float32):
+        outputs = [
+            # The original's fusion leaves the flow's features unweighted.
+            model(own.float() if dtype == torch.float32 else own, attend=not (place and plain))
+            for place, (model, own) in enumerate(zip(models, clips, strict=True))
+        ]
+    segments, scores = decode(average(outputs) if len(outputs) > 1 else outputs[0], clips[0].shape[2])
+    arrays = segments.cpu().numpy(), scores.cpu().numpy()
+    return [Found(*values) for values in zip(rows, offsets, *arrays, strict=False)]
+
+
+def actions(found: list[Found], dataset: Dataset, decoding: Decoding = Decoding()) -> dict[str, list[dict[str, Any]]]:
+    """Actions of each video by key, as actions_of() gives them."""
     by_video: dict[int, list[Found]] = {}
     for entry in found:
         by_video.setdefault(entry.row, []).append(entry)
     rates = dataset.table["fps"].to_numpy()
-    for row, entries in by_video.items():
-        fps, length = float(rates[row]), dataset.num_frames[row]
-        segments = np.concatenate([np.minimum(e.segments + e.offset, length) for e in entries]) / fps
-        scores = np.concatenate([e.scores for e in entries])
-        of_video = []
-        for place, name in enumerate(dataset.classes[1:]):
-            kept = (scores[:, place] > decoding.threshold) & (segments[:, 1] > segments[:, 0])
-            rows = np.column_stack([segments[kept], scores[kept, place]]).astype(np.float32)
-            left = soft_nms(rows, decoding.sigma, decoding.top_k, decoding.floor, compat=decoding.compat)
-            of_video += [
-                {"label": name, "score": float(score), "segment": [float(start), float(end)]}
-                for start, end, score in np.asarray(left).tolist()
-                if score > 0
-            ]
-        key = dataset.table["key"][row].as_py()
-        results[key] = sorted(of_video, key=lambda entry: -entry["score"])
-    return results
+    return {
+        dataset.table["key"][row].as_py(): actions_of(
+            entries, dataset.classes, float(rates[row]), int(dataset.num_frames[row]), decoding
+        )
+        for row, entries in by_video.items()
+    }
+
+
+def actions_of(
+    entries: Sequence[Found], classes: Sequence[str], fps: float, num_frames: int, decoding: Decoding = Decoding()
+) -> list[dict[str, Any]]:
+    """Actions of one video: {"label", "score", "segment": [start, end] in seconds}, highest score first.
+
+    classes: with the background first. A class at a time, anchors above the threshold go through Gaussian soft-NMS;
+    segments end with the video.
+    """
+    segments = np.concatenate([np.minimum(e.segments + e.offset, np.float64(num_frames)) for e in entries]) / fps
+    scores = np.concatenate([e.scores for e in entries])
+    found: list[dict[str, Any]] = []
+    for place, name in enumerate(classes[1:]):
+        kept = (scores[:, place] > decoding.threshold) & (segments[:, 1] > segments[:, 0])
+        rows = np.column_stack([segments[kept], scores[kept, place]]).astype(np.float32)
+        left = soft_nms(rows, decoding.sigma, decoding.top_k, decoding.floor, compat=decoding.compat)
+        found += [
+            {"label": name, "score": float(score), "segment": [float(start), float(end)]}
+            for start, end, score in np.asarray(left).tolist()
+            if score > 0
+        ]
+    return sorted(found, key=lambda entry: -entry["score"])
 
 
 def decoding_for(flow: bool, compat: str = "none") -> Decoding:
@@ -173,8 +192,9 @@ def detect_weights(
 ) -> dict[str, Any]:  # fmt: skip
     """The content of a results file of ActivityNet's layout, of stored weights on a split.
 
-    flow: weights and data set of a flow detector, whose outputs are averaged with those of RGB. Raises UserError for
-    weights and data that do not fit each other.
+    flow: weights and data set of a flow detector, whose outputs are averaged with those of RGB. Beside the results,
+    "genkd" tells split, data set and the SHA-256 of the weights. Raises UserError for weights and data that do not fit
+    each other.
     """
     model, card = load_detector(weights)
     data, models, flow_data = Dataset.open(dataset), [model], None
@@ -198,7 +218,10 @@ def detect_weights(
         dtype = distributed.precision(precision, place.device)
         found = windows(models, loader, place, dtype, progress.add if progress else lambda count: None)
         results = actions(found, data, decoding or decoding_for(card.modality == "flow", card.compat))
-    return {"version": "genkd", "results": results, "external_data": {}}
+    about = {"split": split, "dataset": str(data.storage), "weights_sha256": sha256_of(find_weights(weights))}
+    if flow is not None:
+        about["flow_weights_sha256"] = sha256_of(find_weights(flow[0]))
+    return {"version": "genkd", "results": results, "external_data": {}, "genkd": about}
 
 
 def require_actions(data: Dataset, split: str) -> None:

@@ -1,18 +1,21 @@
-"""Scores raw video files with stored weights: what they show as a whole, and from when to when."""
+"""Scores raw video files with stored weights of recognizers: what they show as a whole, and from when to when."""
 
 from __future__ import annotations
 
+import abc
 import glob
+import itertools
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import av
 import numpy as np
 import torch
+from torch import nn
 
 from .. import __version__
 from ..configs.schema import DataConfig
@@ -24,125 +27,160 @@ from ..preprocessing.lookup import printable
 from ..preprocessing.sources import scan
 from ..trainers import distributed
 from .metrics import REMEDY_NOT_FINITE, NotFinite
-from .raw_clips import RawClips, Storing, Window, expected_windows, storing
+from .raw_clips import RawClips, Storing, Window, expected_windows, normalized, storing
 from .recognition import data_config
-from .timeline import Timeline
+from .timeline import ActionTimeline, Timeline
 
 log = logging.getLogger(__name__)
+
+Line = TypeVar("Line", Timeline, ActionTimeline)
 
 
 @dataclass(frozen=True)
 class PredictSettings:
     """How videos are cut into windows and scored.
 
-    hop: from one window to the next, as a share of a window's length; stride_seconds: the same in seconds, which wins;
-    fps, short_side, flow_method: None for those of the weights' data set, see raw_clips.storing; top: classes to name.
-    Raises UserError for a value out of its range.
+    hop: from one window to the next, as a share of a window's length, None for half of it, a detector's as in its
+    evaluation; stride_seconds: the same in seconds, which wins; fps, short_side, flow_method: None for those of the
+    weights' data set, see raw_clips.storing; top: classes to name, None for 5, or a detector's actions, None for all;
+    threshold: the least score of a detector's actions, None for
+    predict_actions.THRESHOLD. Raises UserError for a value out of its
+    range.
     """
 
-    hop: float = 0.5
+    hop: float | None = None
     stride_seconds: float | None = None
     fps: float | None = None
     short_side: int | None = None
     flow_method: str | None = None
-    top: int = 5
+    top: int | None = None
+    threshold: float | None = None
     batch_size: int = 8
     precision: str = "auto"
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        if not 0 < self.hop <= 1:
+        if self.hop is not None and not 0 < self.hop <= 1:
             raise UserError(f"--hop {self.hop:g} is not above 0 and at most 1, a share of a clip's length")
         if self.stride_seconds is not None and not 0 < self.stride_seconds < float("inf"):
             raise UserError(f"--stride-seconds {self.stride_seconds:g} is not above 0")
-        if self.top < 1 or self.batch_size < 1:
+        if (self.top is not None and self.top < 1) or self.batch_size < 1:
             raise UserError(f"--top {self.top} and --batch-size {self.batch_size} must be 1 or more")
+        if self.threshold is not None and not 0 <= self.threshold <= 1:
+            raise UserError(f"--threshold {self.threshold:g} is not between 0 and 1")
 
 
 @dataclass(frozen=True)
-class Prediction:
+class Prediction(Generic[Line]):
     """What was found in one video. timeline is None where nothing of it could be read; error: why it could not be read
     to its end, None if it could; fps: pictures a second that the network saw; frames: how many."""
 
     path: Path
     fps: float = 0.0
     frames: int = 0
-    timeline: Timeline | None = None
+    timeline: Line | None = None
     error: str | None = None
 
 
-class Predictor:
-    """Stored weights on a device, ready to score raw videos.
+class RawVideos(abc.ABC, Generic[Line]):
+    """Stored weights on a device, ready to see raw videos; `Predictor` has recognizers, `ActionPredictor` detectors.
+
+    Raises UserError for unusable weights or settings.
+    """
+
+    def __init__(self, weights: Path, settings: PredictSettings, model: nn.Module, card: ModelCard):
+        self.weights, self.settings, self.card = weights, settings, card
+        self.config: DataConfig = data_config(card)
+        self.storing: Storing = storing(
+            card, fps=settings.fps, short_side=settings.short_side, flow_method=settings.flow_method,
+            weights=find_weights(weights),
+        )  # fmt: skip
+        self.device = distributed.choose_device(settings.device)
+        self.dtype = distributed.precision(settings.precision, self.device)
+        self.batch_size = settings.batch_size
+        self._model = model.to(self.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+
+    @property
+    def hop_share(self) -> float:
+        """From one window to the next, as a share of a window's length."""
+        return 0.5 if self.settings.hop is None else self.settings.hop
+
+    def hop(self, fps: float) -> int:
+        """Pictures from one window to the next at a frame rate."""
+        if self.settings.stride_seconds is not None:
+            return max(1, round(self.settings.stride_seconds * fps))
+        return max(1, round(self.hop_share * self.config.clip_length * self.config.stride))
+
+    def expected_windows(self, path: Path) -> int:
+        """About how many windows a video gives, by its header."""
+        return expected_windows(path, self.config, self.storing, self.hop)
+
+    def predict(self, path: Path, on_window: Callable[[int], None] = lambda windows: None) -> Prediction[Line]:
+        """Streams through one video file; an unreadable one gives a Prediction with an error. on_window: windows
+        scored since the last call. Raises NotFinite for scores that are nan or infinite."""
+        clips = RawClips(path, self.config, self.storing, self.hop)
+        try:
+            timeline = self.timeline(clips, on_window)
+        except VideoError as error:
+            return Prediction(path, error=str(error))
+        except NotFinite as error:
+            raise NotFinite(f"{path}: {error}") from None
+        return Prediction(path, clips.rate, clips.count, timeline, clips.problem)
+
+    @abc.abstractmethod
+    def timeline(self, clips: RawClips, on_window: Callable[[int], None]) -> Line:
+        """What the windows of a video say. Raises VideoError and NotFinite."""
+
+    @abc.abstractmethod
+    def video_json(self, found: Prediction[Line]) -> dict[str, Any]:
+        """What was found in a video as JSON values."""
+
+    def batches(self, clips: RawClips, on_window: Callable[[int], None]) -> Iterator[list[Window]]:
+        """The windows, batch_size at a time."""
+        windows = iter(clips)
+        while batch := list(itertools.islice(windows, self.batch_size)):
+            yield batch
+            on_window(len(batch))
+
+
+class Predictor(RawVideos[Timeline]):
+    """A stored recognizer.
 
     Raises UserError for unusable weights or settings.
     """
 
     def __init__(self, weights: Path, settings: PredictSettings = PredictSettings()):
-        self.weights, self.settings = weights, settings
-        model, self.card = load_recognizer(weights)
-        self.config: DataConfig = data_config(self.card)
-        self.storing: Storing = storing(
-            self.card, fps=settings.fps, short_side=settings.short_side, flow_method=settings.flow_method,
-            weights=find_weights(weights),
-        )  # fmt: skip
-        self.device = distributed.choose_device(settings.device)
-        self.dtype = distributed.precision(settings.precision, self.device)
-        self._model = model.to(self.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        if settings.threshold is not None:
+            raise UserError(f"--threshold {settings.threshold:g} is for detectors, {weights} holds a recognizer")
+        super().__init__(weights, replace(settings, top=settings.top or 5), *load_recognizer(weights))
         # The reference's sums run over a batch: alone, a window's scores do not depend on its neighbours.
-        self.batch_size = 1 if self.card.compat == "reference" else settings.batch_size
-        mean, std = (
-            (self.config.flow_mean, self.config.flow_std)
-            if self.card.modality == "flow"
-            else (self.config.mean, self.config.std)
-        )
-        self._mean, self._std = (torch.tensor(v, device=self.device) * 255 for v in (mean, std))
+        self.batch_size = 1 if self.card.compat == "reference" else self.batch_size
 
-    def predict(self, path: Path, on_window: Callable[[int], None] = lambda windows: None) -> Prediction:
-        """Streams through one video file; an unreadable one gives a Prediction with an error. on_window: windows
-        scored since the last call. Raises NotFinite for scores that are nan or infinite."""
-        clips = RawClips(path, self.config, self.storing, self.hop)
+    def timeline(self, clips: RawClips, on_window: Callable[[int], None]) -> Timeline:
+        """The windows' scores and attention. Raises VideoError and NotFinite."""
         starts: list[int] = []
         scores, attention = [], []
-        waiting: list[Window] = []
-
-        def flush() -> None:
-            if waiting:
-                starts.extend(window.start for window in waiting)
-                found, seen = self.score(waiting)
-                scores.append(found)
-                attention.append(seen)
-                on_window(len(waiting))
-                waiting.clear()
-
-        try:
-            for window in clips:
-                waiting.append(window)
-                if len(waiting) == self.batch_size:
-                    flush()
-            flush()
-        except VideoError as error:
-            return Prediction(path, error=str(error))
-        except NotFinite as error:
-            raise NotFinite(f"{path}: {error}") from None
-        seen = [entry for entry in attention if entry is not None]
-        timeline = Timeline(
+        for windows in self.batches(clips, on_window):
+            starts += [window.start for window in windows]
+            found, seen = self.score(windows)
+            scores.append(found)
+            attention += [] if seen is None else [seen]
+        return Timeline(
             np.array(starts) / clips.rate, self.config.clip_length * self.config.stride / clips.rate,
-            clips.count / clips.rate, np.concatenate(scores), np.concatenate(seen) if seen else None,
+            clips.count / clips.rate, np.concatenate(scores), np.concatenate(attention) if attention else None,
         )  # fmt: skip
-        return Prediction(path, clips.rate, clips.count, timeline, clips.problem)
+
+    def video_json(self, found: Prediction[Timeline]) -> dict[str, Any]:
+        """Classes, windows, segments and attention."""
+        assert self.settings.top is not None
+        return _video_json(found, self.card, self.settings.top)
 
     def score(self, windows: Sequence[Window]) -> tuple[np.ndarray, np.ndarray | None]:
         """Scores (N,K) that add up to 1, and attention (N,T') averaged over the channels, None without a head.
 
         Raises NotFinite.
         """
-        pixels = torch.from_numpy(np.stack([window.pixels for window in windows])).to(self.device)
-        clips = (pixels - self._mean) / self._std  # (N,T,H,W,C)
-        for clip, window in zip(clips, windows, strict=True):
-            if window.known < len(clip):
-                clip[window.known :] = self._filler()
-        # A view in channels_last_3d, which is the network's layout.
-        clips = clips.permute(0, 4, 1, 2, 3)
+        clips = normalized(windows, self.config, self.device, flow=self.card.modality == "flow")
         with torch.inference_mode(), torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             output = self._model(clips)
         sums = output.scores.double()
@@ -153,21 +191,6 @@ class Predictor:
             at = windows[int(np.argmin(finite))].start
             raise NotFinite(f"the window from frame {at} has scores that are nan or infinite; {REMEDY_NOT_FINITE}")
         return scores, attention
-
-    def hop(self, fps: float) -> int:
-        """Pictures from one window to the next at a frame rate."""
-        if self.settings.stride_seconds is not None:
-            return max(1, round(self.settings.stride_seconds * fps))
-        return max(1, round(self.settings.hop * self.config.clip_length * self.config.stride))
-
-    def expected_windows(self, path: Path) -> int:
-        """About how many windows a video gives, by its header."""
-        return expected_windows(path, self.config, self.storing, self.hop)
-
-    def _filler(self) -> torch.Tensor | float:
-        if self.config.padding == "zero":
-            return 0.0
-        return ((128.0 if self.card.modality == "flow" else 0.0) - self._mean) / self._std
 
 
 def find_videos(places: Iterable[str]) -> list[Path]:
@@ -202,8 +225,8 @@ def _in_folder(folder: str) -> list[str]:
     return sorted(path for path in paths if not path.endswith(".npy"))
 
 
-def to_json(predictor: Predictor, predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """Everything as JSON values: versions, weights, settings, and each video's classes, windows and segments."""
+def to_json(predictor: RawVideos[Line], predictions: Sequence[Prediction[Line]]) -> dict[str, Any]:
+    """Everything as JSON values: versions, weights, settings, and and what was found in each video."""
     card, stored = predictor.card, predictor.storing
     return {
         "versions": {"genkd": __version__, "torch": torch.__version__, "av": av.__version__},
@@ -214,18 +237,19 @@ def to_json(predictor: Predictor, predictions: Sequence[Prediction]) -> dict[str
             "stride": predictor.config.stride, "size": card.size,
         },
         "settings": {
-            **asdict(predictor.settings), "batch_size": predictor.batch_size, "device": predictor.device.type,
-            "precision": str(predictor.dtype).removeprefix("torch."), "fps": stored.video.fps,
-            "short_side": None if stored.video.size else stored.video.short_side, "stored_size": stored.video.size,
-            "flow_method": stored.flow and stored.flow.method, "stored_as": stored.origin,
+            **asdict(predictor.settings), "hop": predictor.hop_share, "batch_size": predictor.batch_size,
+            "device": predictor.device.type, "precision": str(predictor.dtype).removeprefix("torch."),
+            "fps": stored.video.fps, "short_side": None if stored.video.size else stored.video.short_side,
+            "stored_size": stored.video.size, "flow_method": stored.flow and stored.flow.method,
+            "stored_as": stored.origin,
         },
         "classes": list(card.classes),
-        "videos": [_video_json(entry, card, predictor.settings.top) for entry in predictions],
+        "videos": [predictor.video_json(entry) for entry in predictions],
         "failed": sum(entry.error is not None for entry in predictions),
     }  # fmt: skip
 
 
-def _video_json(found: Prediction, card: ModelCard, top: int) -> dict[str, Any]:
+def _video_json(found: Prediction[Timeline], card: ModelCard, top: int) -> dict[str, Any]:
     line = found.timeline
     values: dict[str, Any] = {
         "path": printable(str(found.path)), "fps": None, "frames": None, "duration_s": None, "top": [], "windows": [],

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import av
 import cv2
 import numpy as np
+import torch
 from av.video.reformatter import VideoReformatter
 
 from ..configs.schema import DataConfig
@@ -34,6 +35,7 @@ from ..preprocessing.video import VideoSettings, output_rate, output_size
 
 log = logging.getLogger(__name__)
 
+_UNTRIMMED: dict[str, Any] = {"fps": 10.0, "size": "112x112"}  # as `genkd shard thumos14` stores videos
 _MILD = 1.5  # as in pipelines.pyav: how many times larger than a clip a crop may be before areas are averaged
 
 
@@ -62,18 +64,19 @@ def storing(
 
     A relative place of that data set is looked for below the working directory, then below each folder that the file
     `weights` lies in. Where it is not on this machine: as `genkd shard` and `genkd flow` do by default, which is 256
-    pixels, the video's own frame rate, and tvl1; a warning then tells what is taken and not given. A flow data set does
-    not record the rate and size of the pictures that its flow is of; those of its videos are taken where all have the
-    same. Raises UserError for a value out of its range.
+    pixels, the video's own frame rate, and tvl1, for a detector 112x112 pixels and 10 frames a second; a warning then
+    tells what is taken and not given. A flow data set does not record the rate and size of the pictures that its flow
+    is of; those of its videos are taken where all have the same. Raises UserError for a value out of its range.
     """
-    known, origin = {}, "defaults, as the weights' data set is not on this machine"
+    known: dict[str, Any] = dict(_UNTRIMMED) if card.task == "detection" else {}
+    origin = "defaults, as the weights' data set is not on this machine"
     method, bound = "tvl1", 20.0
     dataset = _own_dataset(card, weights)
     if dataset is not None:
         stored, origin = dataset.info["video"], str(dataset.storage)
         if dataset.info.get("modality") == "flow":
             method, bound = stored.get("method", method), stored.get("bound", bound)
-            known = _common(dataset)
+            known = _common(dataset, stretched=card.task == "detection")
         else:
             known = {key: stored[key] for key in ("fps", "short_side", "size") if key in stored}
     if fps is not None:
@@ -106,9 +109,12 @@ def _own_dataset(card: ModelCard, weights: Path | None) -> Dataset | None:
 
 def _warn(card: ModelCard, weights: Path | None, rate: bool, side: bool, method: str | None) -> None:
     """Tells which settings are taken without knowing the weights' data set, and how to give them."""
+    own_rate, own_size = "the videos' own frame rate", f"a short side of {VideoSettings().short_side} pixels"
+    if card.task == "detection":
+        own_rate, own_size = f"{_UNTRIMMED['fps']:g} frames a second", f"{_UNTRIMMED['size']} pixels"
     taken = [
-        *(["the videos' own frame rate (--fps)"] if rate else []),
-        *([f"a short side of {VideoSettings().short_side} pixels (--short-side)"] if side else []),
+        *([f"{own_rate} (--fps)"] if rate else []),
+        *([f"{own_size} (--short-side)"] if side else []),
         *([f"flow by {method} (--flow-method)"] if method else []),
     ]
     if taken:
@@ -118,11 +124,15 @@ def _warn(card: ModelCard, weights: Path | None, rate: bool, side: bool, method:
                     f"{weights}: " if weights else "", what, " and ".join(taken))  # fmt: skip
 
 
-def _common(dataset: Dataset) -> dict:
-    """Frame rate and short side of all videos of a flow data set, each where there is just one."""
-    sides = np.minimum(dataset.column("width") // 2, dataset.column("height"))
-    found = {"fps": np.unique(dataset.column("fps")), "short_side": np.unique(sides)}
-    return {key: values[0].item() for key, values in found.items() if len(values) == 1}
+def _common(dataset: Dataset, *, stretched: bool) -> dict[str, Any]:
+    """Frame rate and short side of all videos of a flow data set, each where there is just one; stretched: a size in
+    its place where all are squares, as those of untrimmed videos are by default."""
+    widths, heights = dataset.column("width") // 2, dataset.column("height")
+    found = {"fps": np.unique(dataset.column("fps")), "short_side": np.unique(np.minimum(widths, heights))}
+    common = {key: values[0].item() for key, values in found.items() if len(values) == 1}
+    if stretched and "short_side" in common and (widths == heights).all():
+        common["size"] = f"{common['short_side']}x{common['short_side']}"
+    return common
 
 
 class Window(NamedTuple):
@@ -196,6 +206,20 @@ class RawClips:
             if level is None:
                 return
             yield level
+
+
+def normalized(windows: Sequence[Window], config: DataConfig, device: torch.device, *, flow: bool) -> torch.Tensor:
+    """The windows as a network takes them, and as a loader gives them: float32 (N,C,T,H,W) in channels_last_3d."""
+    values = (config.flow_mean, config.flow_std) if flow else (config.mean, config.std)
+    mean, std = (torch.tensor(value, device=device) * 255 for value in values)
+    pixels = torch.from_numpy(np.stack([window.pixels for window in windows])).to(device)
+    clips = (pixels - mean) / std  # (N,T,H,W,C)
+    filler = 0.0 if config.padding == "zero" else ((128.0 if flow else 0.0) - mean) / std
+    for clip, window in zip(clips, windows, strict=True):
+        if window.known < len(clip):
+            clip[window.known :] = filler
+    # A view in channels_last_3d, which is the network's layout.
+    return clips.permute(0, 4, 1, 2, 3)
 
 
 def stored_filters(frames: Frames, settings: VideoSettings) -> list[tuple[str, str]]:

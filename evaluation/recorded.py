@@ -9,7 +9,7 @@ from typing import Any
 
 from ..configs.schema import TrainConfig
 from ..errors import UserError
-from ..files import sha256_of
+from ..files import read_json, sha256_of
 from ..trainers import metrics
 from .scores import RESULTS_FILE
 
@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 
 _BEST = "best"
 _SHOWN = ("epoch", "step", "top1", "top5", "loss")
+_SHOWN_DETECTOR = ("epoch", "step", "map", "map_0.5")
+DETECTIONS_FILE = "detections.json"
 
 
 def run_folder(weights: Path) -> Path | None:
@@ -49,6 +51,21 @@ def evaluation(run: Path, weights: Path) -> dict[str, Any] | None:
     return values
 
 
+def detections(run: Path, weights: Path) -> dict[str, Any] | None:
+    """RUN/evaluation/detections.json, what `genkd detect` found with these weights, by their SHA-256; None, and a
+    warning, if it is of others or does not tell. Raises UserError for a damaged file."""
+    path = run / "evaluation" / DETECTIONS_FILE
+    if not path.is_file():
+        return None
+    values = read_json(path)
+    about = values.get("genkd") if isinstance(values, dict) else None
+    if not isinstance(about, dict) or about.get("weights_sha256") != sha256_of(weights):
+        log.warning("%s is of other weights than %s, or does not tell, so it is left out; run genkd detect into it "
+                    "again", path, weights)  # fmt: skip
+        return None
+    return values
+
+
 def lines(run: Path) -> list[dict[str, Any]]:
     """All lines of a run's metrics.jsonl, none where there is no such file. Raises UserError for a damaged one."""
     try:
@@ -61,7 +78,8 @@ def lines(run: Path) -> list[dict[str, Any]]:
 
 
 def training(run: Path, config: TrainConfig, weights: Path | None = None) -> dict[str, Any] | None:
-    """What training measured of the weights it kept: {"epoch", "step", "top1", "top5", "loss"}; None if nothing.
+    """What training measured of the weights it kept: {"epoch", "step", "top1", "top5", "loss"}, of a detector {"epoch",
+    "step", "map", "map_0.5"}; None if nothing.
 
     That is the best evaluation for weights from RUN/best and those of a run with keep=best, else the last. weights: a
     file of the run, its finished weights by default. Raises UserError for damaged files.
@@ -72,9 +90,10 @@ def training(run: Path, config: TrainConfig, weights: Path | None = None) -> dic
         found = [line for line in found if line.get("epoch") == epoch]
     if not found:
         return None
-    if not set(_SHOWN) <= found[-1].keys():
+    shown = _SHOWN_DETECTOR if config.detects else _SHOWN
+    if not set(shown) <= found[-1].keys():
         raise UserError(f"{run / 'metrics.jsonl'} is damaged; remove it, or let the run finish")
-    return {key: found[-1][key] for key in _SHOWN}
+    return {key: found[-1][key] for key in shown}
 
 
 def _best_epoch(run: Path) -> int | None:

@@ -1,39 +1,36 @@
-"""Draws predictions into the video that they are about: classes with their scores, attention over time."""
+"""Draws predictions into the video that they are about: classes with their scores, attention or actions over time."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import cast
 
 import av
-import matplotlib
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
-from matplotlib.ft2font import FT2Font
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from ..errors import UserError, explained
 from ..files import remove_leftovers, replacing
 from ..preprocessing.decoding import Frames, VideoError, build_graph, filtered, open_frames, upright_filters
 from ..preprocessing.video import VideoSettings, output_rate, output_size
+from .panels import FAINT, Panels, drawable, shortened
 from .predict import Prediction
 from .raw_clips import raw_source
-from .timeline import Timeline, clock
+from .timeline import ActionTimeline, Timeline
 
 LEAST_SIDE = 240  # smaller pictures are enlarged, as no text could be read on them
 CLASSES = 3
-_PANEL, _TEXT, _FAINT = (12, 14, 18, 150), (255, 255, 255, 255), (200, 206, 214, 255)
-_BAR, _CURVE, _AHEAD = (46, 134, 222, 215), (90, 180, 255), (176, 184, 194)
+ROWS = 5  # a detector's classes with a row of their own
 _SMOOTH = 3  # times larger that the curve is drawn before it is scaled down
 
 
 def render(
-    found: Prediction,
+    found: Prediction[Timeline] | Prediction[ActionTimeline],
     classes: Sequence[str],
     out: Path,
     *,
@@ -55,7 +52,7 @@ def render(
             with open_frames(raw_source(found.path)) as frames, replacing(out) as temporary:
                 rate = output_rate(frames, VideoSettings(fps=None if frames.rate else found.fps))
                 width, height = _size(frames, most_side)
-                overlay = Overlay(found.timeline, classes, width, height)
+                overlay = overlay_of(found.timeline, classes, width, height)
                 with contextlib.closing(_Writer(temporary, width, height, rate)) as writer:
                     for picture in _pictures(frames, rate, width, height):
                         overlay.draw(picture, count / float(rate))
@@ -71,101 +68,91 @@ def render(
     return count
 
 
-class Overlay:
-    """The panels of one video's pictures of one size; their size follows the picture's short side."""
+def overlay_of(timeline: Timeline | ActionTimeline, classes: Sequence[str], width: int, height: int) -> Panels:
+    """What draws a timeline into pictures."""
+    if isinstance(timeline, ActionTimeline):
+        return ActionOverlay(timeline, classes, width, height)
+    return Overlay(timeline, classes, width, height)
+
+
+class Overlay(Panels):
+    """A recognizer's best classes, and its attention over time, or the top score where it has none."""
 
     def __init__(self, timeline: Timeline, classes: Sequence[str], width: int, height: int):
-        self._timeline, self._width, self._height = timeline, width, height
-        side = min(width, height)
-        self._text = max(11, round(side / 30))
-        self._font, self._small = _font(self._text), _font(max(10, round(0.85 * self._text)))
+        self._timeline = timeline
         self._names = [drawable(name, label) for label, name in enumerate(classes)]
-        self._margin = max(4, side // 45)
-        self._pad = max(3, self._text // 3)
-        self._percent = round(self._font.getlength("100 %"))
-        longest = max(self._font.getlength(name) for name in self._names) + self._percent + 6 * self._pad
-        widest = max(15.5 * self._text, min(22 * self._text, 0.45 * width))
-        self._panel = min(width - 2 * self._margin, round(min(max(longest, 11 * self._text), widest)))
-        left, right = self._margin + self._pad, width - self._margin - self._pad
-        bottom = height - self._margin - self._pad
-        top = bottom - max(18, round(side / 14))
-        # left, top, right, bottom of the curve in pixels; the play head moves in it
-        self.plot = (left, top, right, bottom)
-        self._played, self._ahead = self._draw_strip()
+        super().__init__(timeline.duration_s, self._names, width, height)
 
-    def head_x(self, seconds: float) -> int:
-        """The column of the play head at a time."""
-        left, _, right, _ = self.plot
-        share = min(1.0, max(0.0, seconds / max(self._timeline.duration_s, 1e-9)))
-        return left + round(share * (right - left))
-
-    def draw(self, picture: Image.Image, seconds: float) -> None:
-        """Draws the state at a time into an RGB picture of the overlay's size."""
-        self._draw_classes(ImageDraw.Draw(picture, "RGBA"), seconds)
-        x = self.head_x(seconds)
-        top = self._strip_top
-        for layer, first, last in ((self._played, 0, x), (self._ahead, x, self._width)):
-            part = layer.crop((first, 0, last, layer.height))
-            picture.paste(part, (first, top), part)
-        draw = ImageDraw.Draw(picture, "RGBA")
-        _, plot_top, right, bottom = self.plot
-        draw.rectangle((x - self._line // 2, plot_top, x - self._line // 2 + self._line - 1, bottom), fill=_TEXT)
-        at = f"{clock(seconds)} / {clock(self._timeline.duration_s)}"
-        draw.text((right, self._label_y), at, font=self._small, fill=_TEXT, anchor="rs")
-
-    def _draw_classes(self, draw: ImageDraw.ImageDraw, seconds: float) -> None:
+    def entries(self, seconds: float) -> list[tuple[str, float]]:
+        """The best classes with their scores."""
         scores = self._timeline.scores_at(np.array([seconds]))[0]
-        row = round(1.5 * self._text)
-        left, top = self._margin, self._margin
         best = np.argsort(-scores, kind="stable")[:CLASSES]
-        radius = self._pad
-        draw.rounded_rectangle(
-            (left, top, left + self._panel, top + len(best) * row + 2 * self._pad), radius, fill=_PANEL
-        )
-        inner_left, inner_right = left + self._pad, left + self._panel - self._pad
-        for number, label in enumerate(best):
-            y = top + self._pad + number * row
-            score = float(np.clip(scores[label], 0, 1))
-            filled = round(score * (inner_right - inner_left))
-            if filled:
-                draw.rectangle((inner_left, y + 1, inner_left + filled, y + row - 2), fill=_BAR)
-            middle = y + row // 2
-            percent = f"{100 * score:.0f} %"
-            draw.text((inner_right - self._pad, middle), percent, font=self._font, fill=_TEXT, anchor="rm")
-            room = inner_right - inner_left - 3 * self._pad - self._percent
-            name = shortened(self._names[label], room, self._font)
-            draw.text((inner_left + self._pad, middle), name, font=self._font, fill=_TEXT, anchor="lm")
+        return [(self._names[label], float(np.clip(scores[label], 0, 1))) for label in best]
 
-    def _draw_strip(self) -> tuple[Image.Image, Image.Image]:
-        """The panel with the curve, once as played and once as still to come."""
-        left, top, right, bottom = self.plot
-        times = np.linspace(0, self._timeline.duration_s, max(2, right - left + 1))
-        values, name = self._curve(times)
+    def label(self) -> str:
+        """What the curve shows, and from what to what."""
+        values, name = self._curve
+        least, most = f"{values.min():.2f}", f"{values.max():.2f}"
+        return f"{name} {least}" + (f"–{most}" if least != most else "")
+
+    def fill(self, strip: Image.Image, colour: tuple[int, int, int], top: int) -> None:
+        """The curve."""
+        left, plot_top, right, bottom = self.plot
+        values, _ = self._curve
         least, most = float(values.min()), float(values.max())
-        label = f"{name} {least:.2f}" + (f"–{most:.2f}" if f"{least:.2f}" != f"{most:.2f}" else "")
         room = max(most - least, 0.02)  # what changes less is drawn flat, not as noise
         heights = (values - (least + most) / 2) / room * 0.8 + 0.5
-        ascent, descent = self._small.getmetrics()
-        self._strip_top = top - self._pad - ascent - descent - self._pad // 2
-        self._label_y = top - self._pad
-        self._line = max(2, self._text // 8)
-        size = (self._width, self._height - self._margin - self._strip_top)
-        layers = []
-        for colour in (_CURVE, _AHEAD):
-            layer = Image.new("RGBA", size, (0, 0, 0, 0))
-            draw = ImageDraw.Draw(layer)
-            draw.rounded_rectangle((self._margin, 0, self._width - self._margin, size[1] - 1), self._pad, fill=_PANEL)
-            draw.text((left, self._label_y - self._strip_top), label, font=self._small, fill=_FAINT, anchor="ls")
-            layer.alpha_composite(
-                _plotted(heights, right - left + 1, bottom - top, colour, self._line), (left, top - self._strip_top)
-            )
-            layers.append(layer)
-        return layers[0], layers[1]
+        curve = _plotted(heights, right - left + 1, bottom - plot_top, colour, self._line)
+        strip.alpha_composite(curve, (left, plot_top - top))
 
-    def _curve(self, times: np.ndarray) -> tuple[np.ndarray, str]:
+    @functools.cached_property
+    def _curve(self) -> tuple[np.ndarray, str]:
+        left, _, right, _ = self.plot
+        times = np.linspace(0, self._timeline.duration_s, max(2, right - left + 1))
         if self._timeline.attention is not None:
             return self._timeline.attention_at(times), "attention"
         return self._timeline.scores_at(times).max(1), "top score"
+
+
+class ActionOverlay(Panels):
+    """A detector's actions of a time, and all of them below, a row a class; the surer the brighter."""
+
+    def __init__(self, timeline: ActionTimeline, classes: Sequence[str], width: int, height: int):
+        self._timeline = timeline
+        self._names = {label: drawable(classes[label], label) for label in timeline.classes()}
+        self._rows = sorted(timeline.classes()[:ROWS])
+        names = [self._names[label] for label in self._rows]
+        super().__init__(timeline.duration_s, list(self._names.values()), width, height, beside=names)
+
+    def entries(self, seconds: float) -> list[tuple[str, float]]:
+        """The actions that go on."""
+        return [(self._names[action.label], min(1.0, action.score)) for action in self._timeline.at(seconds)[:CLASSES]]
+
+    def label(self) -> str:
+        """How many actions there are, and of how many classes there is no row."""
+        count, hidden = len(self._timeline.actions), len(self._names) - len(self._rows)
+        if not count:
+            return "no action"
+        text = f"{count} action{'s' if count > 1 else ''}"
+        return text + (f", {hidden} more class{'es' if hidden > 1 else ''} not shown" if hidden else "")
+
+    def fill(self, strip: Image.Image, colour: tuple[int, int, int], top: int) -> None:
+        """The rows."""
+        left, plot_top, _, _ = self.plot
+        draw = ImageDraw.Draw(strip)
+        most = max((action.score for action in self._timeline.actions), default=1.0)
+        for number, label in enumerate(self._rows):
+            y = plot_top - top + number * self.row
+            room = left - self._margin - 3 * self._pad
+            name = shortened(self._names[label], room, self._small)
+            middle = y + self.row // 2
+            draw.text((left - 2 * self._pad, middle), name, font=self._small, fill=FAINT, anchor="rm")
+            own = [action for action in self._timeline.actions if action.label == label]
+            for action in sorted(own, key=lambda action: action.score):
+                first, last = self.head_x(action.start_s), self.head_x(action.end_s)
+                shade = 0.35 + 0.65 * action.score / most
+                red, green, blue = (round(shade * value) for value in colour)
+                draw.rectangle((first, y + 2, max(first + 1, last - 2), y + self.row - 3), fill=(red, green, blue, 235))
 
 
 def _plotted(heights: np.ndarray, width: int, height: int, colour: tuple[int, int, int], line: int) -> Image.Image:
@@ -178,37 +165,6 @@ def _plotted(heights: np.ndarray, width: int, height: int, colour: tuple[int, in
     draw.polygon([(0, height * _SMOOTH), *points, (width * _SMOOTH, height * _SMOOTH)], fill=(*colour, 70))
     draw.line(points, fill=(*colour, 255), width=max(1, round(0.8 * line * _SMOOTH)), joint="curve")
     return big.resize((width, height), Image.Resampling.BOX)
-
-
-def shortened(text: str, room: float, font: ImageFont.FreeTypeFont) -> str:
-    """text, or as much of it as fits into `room` pixels with an ellipsis behind it."""
-    if font.getlength(text) <= room:
-        return text
-    while text and font.getlength(text.rstrip() + "…") > room:
-        text = text[:-1]
-    return text.rstrip() + "…"
-
-
-def drawable(name: str, label: int) -> str:
-    """A class name with a question mark for what the font lacks; "class 7" where no letter would be left."""
-    letters = _letters()
-    text = "".join(c if ord(c) in letters else "?" for c in unicodedata.normalize("NFC", name))
-    return text if any(c.isalnum() for c in text) else f"class {label}"
-
-
-def _font_file() -> str:
-    # Matplotlib's own copy is there on every machine; it has Latin, Greek, Cyrillic and more, no Chinese or Japanese.
-    return str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
-
-
-@functools.lru_cache(maxsize=8)
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(_font_file(), size)
-
-
-@functools.lru_cache(maxsize=1)
-def _letters() -> frozenset[int]:
-    return frozenset(FT2Font(_font_file()).get_charmap())
 
 
 def _size(frames: Frames, most_side: int) -> tuple[int, int]:

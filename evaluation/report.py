@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -12,73 +11,71 @@ import numpy as np
 import torch
 
 from .. import __version__
-from ..configs.load import read_run
-from ..configs.schema import TrainConfig
 from ..errors import UserError
 from ..files import write_atomically
-from ..models.checkpoints import ModelCard, find_weights, load_recognizer, read_card
+from ..models.checkpoints import ModelCard, load_recognizer
 from ..models.recognizer import Recognizer
 from ..pipelines.loader import Loader
 from ..pipelines.pyav import decode_rgb
 from ..pipelines.store import ClipStore
 from ..preprocessing.shards import Dataset, Video
 from ..trainers.methods import METHODS
-from . import charts, recorded
+from . import charts, recorded, report_detection
 from .metrics import paired_difference
 from .recognition import data_config
+from .report_runs import Run, classes_of, network_of, read_runs, series, speed
 from .scores import SCORES_FILE, read_scores
 
 SAMPLES = 4  # videos whose attention is shown
 _WINDOWS = 10
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What a run folder holds."""
-
-    name: str
-    path: Path
-    config: TrainConfig
-    card: ModelCard
-    lines: list[dict[str, Any]]
-    evaluation: dict[str, Any] | None
-
-    def of_kind(self, kind: str) -> list[dict[str, Any]]:
-        return [line for line in self.lines if line["kind"] == kind]
-
-
 def write_report(
-    path: Path, runs: list[Path], *, title: str = "genkd report", timings: dict[str, float] | None = None
-) -> None:
-    """Writes the page: accuracies, what distillation did, curves, throughput, confusion, calibration, attention
-    over time.
+    path: Path, runs: list[Path], *, title: str = "genkd report", timings: dict[str, float] | None = None,
+    ground_truth: Path | None = None, subset: str | None = None,
+) -> None:  # fmt: skip
+    """Writes the page. Of recognizers: accuracies, what distillation did, curves, throughput, confusion, calibration,
+    attention over time. Of detectors: see report_detection.page.
 
     runs: finished run folders of one data set; what a folder's `evaluation/` holds is shown too. timings: seconds by
-    step. Raises UserError for a folder that is no finished run.
+    step. ground_truth, subset: of detections, None for the annotations of each run's data set. Raises UserError for a
+    folder that is no finished run.
     """
-    names = [run.resolve().name for run in runs]
-    if len(set(names)) < len(names):  # folders of one name in different places
-        names = [str(run) for run in runs]
-    found = [_read(name, run) for name, run in zip(names, runs, strict=True)]
+    found = read_runs(runs)
+    detectors = [run for run in found if run.card.task == "detection"]
+    if detectors and len(detectors) < len(found):
+        other = next(run for run in found if run.card.task != "detection")
+        raise UserError(f"{detectors[0].path} is a detector's run, {other.path} a recognizer's; report them one by one")
+    if detectors:
+        page, template = report_detection.page(detectors, ground_truth, subset), "report_detection.html.j2"
+    elif ground_truth is not None or subset is not None:
+        raise UserError(f"--ground-truth and --subset are for detectors, {found[0].path} is a recognizer's run")
+    else:
+        page, template = _page(found), "report.html.j2"
+    page |= {"title": title, "version": __version__, "classes": classes_of(found[0]), "timings": timings}
+    files = resources.files("genkd.evaluation")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined,
+        loader=jinja2.FunctionLoader(lambda name: (files / name).read_text(encoding="utf-8")),
+    )  # fmt: skip
+    write_atomically(path, environment.get_template(template).render(page).encode())
+
+
+def _page(found: list[Run]) -> dict[str, Any]:
+    """What the template of recognizers shows."""
     evaluated = {run.name: run.evaluation for run in found if run.evaluation}
     guessing = 1 / len(found[0].card.classes)
-    page = {
-        "title": title,
-        "version": __version__,
-        "classes": found[0].card.classes,
+    return {
         "rows": [_row(run) for run in found],
         "comparison": _comparison(found),
         "accuracy": charts.lines(
-            {run.name: _series(run, "eval", "top1") for run in found if run.of_kind("eval")},
+            {run.name: series(run, "eval", "top1") for run in found if run.of_kind("eval")},
             "epoch", "top-1 on held-out videos", percent=True, floor=guessing,
         ),
         "loss": charts.lines(
-            {run.name: _series(run, "train", "recognizer/class") for run in found}, "epoch", "class loss"
+            {run.name: series(run, "train", "recognizer/class") for run in found}, "epoch", "class loss"
         ),
-        "throughput": charts.bars({run.name: _median(run, "clips_per_s") for run in found}, "training clips/s, median"),
-        "waiting": charts.bars(
-            {run.name: 100 * _median(run, "data_wait") for run in found}, "% of the time waiting for data"
-        ),
+        **speed(found),
         "confusions": [
             (name, charts.confusion(np.array(values["confusion"]), values["classes"]))
             for name, values in evaluated.items()
@@ -89,36 +86,17 @@ def write_report(
             if "reliability" in values
         ],
         "samples": _samples(found),
-        "timings": timings,
     }  # fmt: skip
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    template = (resources.files("genkd.evaluation") / "report.html.j2").read_text(encoding="utf-8")
-    write_atomically(path, environment.from_string(template).render(page).encode())
 
 
-def _read(name: str, path: Path) -> _Run:
-    config, card = read_run(path), read_card(path)
-    if card.task != "recognition":
-        raise UserError(
-            f"{path} is the run of a detector, and reports are of recognizers; its curves are in metrics.jsonl and "
-            "TensorBoard"
-        )
-    evaluation = recorded.evaluation(path, find_weights(path))
-    lines = recorded.lines(path)
-    if not lines:
-        raise UserError(f"{path} has no metrics.jsonl; is it a finished run?")
-    return _Run(name, path, config, card, lines, evaluation)
-
-
-def _row(run: _Run) -> dict[str, Any]:
+def _row(run: Run) -> dict[str, Any]:
     what = {"teacher": "classification", "representation": "feature representation"}
     method = METHODS[run.config.distill.method].title
     result, kept = run.evaluation or {}, recorded.training(run.path, run.config) or {}
     return {
         "name": run.name,
         "phase": what.get(run.config.phase, method),
-        "network": f"{'flow' if run.card.modality == 'flow' else 'RGB'}, I3D "
-        f"{run.card.model.temporal.replace('_', '-')}, width {run.card.model.width:g}",
+        "network": network_of(run),
         "parameters": result.get("parameters"),
         "epochs": run.config.epochs,
         "top1": result.get("top1", kept.get("top1")),
@@ -129,7 +107,7 @@ def _row(run: _Run) -> dict[str, Any]:
     }
 
 
-def _comparison(runs: list[_Run]) -> dict[str, Any] | None:
+def _comparison(runs: list[Run]) -> dict[str, Any] | None:
     """The distilled student against the plain one on the same videos, with the paired standard error."""
     students = {run.config.distill.method: run for run in runs if run.config.phase == "distill" and run.evaluation}
     if set(students) != {"none", "generative"}:
@@ -148,17 +126,7 @@ def _comparison(runs: list[_Run]) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
-def _series(run: _Run, kind: str, key: str) -> tuple[list[float], list[float]]:
-    lines = [line for line in run.of_kind(kind) if key in line]
-    steps = max(line["step"] for line in run.lines)
-    return [line["step"] / steps * run.config.epochs for line in lines], [line[key] for line in lines]
-
-
-def _median(run: _Run, key: str) -> float:
-    return float(np.median([line[key] for line in run.of_kind("train")]))
-
-
-def _samples(runs: list[_Run]) -> list[dict[str, Any]]:
+def _samples(runs: list[Run]) -> list[dict[str, Any]]:
     """A few held-out videos: frames, and each attending network's mean attention over time."""
     attending = [run for run in runs if run.card.attention]
     if not attending:

@@ -21,6 +21,50 @@ class Segment(NamedTuple):
     windows: int
 
 
+class Action(NamedTuple):
+    """What a detector found: seconds, class number, score."""
+
+    start_s: float
+    end_s: float
+    label: int
+    score: float
+
+
+@dataclass(frozen=True)
+class ActionTimeline:
+    """The actions of one video in order of time, of so many windows.
+
+    left_out: how many more were found that are not among them, and best_left_out the one of these with the highest
+    score.
+    """
+
+    actions: tuple[Action, ...]
+    duration_s: float
+    windows: int
+    left_out: int = 0
+    best_left_out: Action | None = None
+
+    def segments(self) -> tuple[Action, ...]:
+        """The actions; unlike a Timeline's segments they may overlap and leave gaps."""
+        return self.actions
+
+    def at(self, seconds: float) -> list[Action]:
+        """The actions that go on at a time, of each class the one with the highest score, the best first."""
+        best: dict[int, Action] = {}
+        for action in self.actions:
+            if action.start_s <= seconds < action.end_s:
+                known = best.get(action.label)
+                best[action.label] = action if known is None or action.score > known.score else known
+        return sorted(best.values(), key=lambda action: (-action.score, action.label))
+
+    def classes(self) -> list[int]:
+        """The numbers of the classes that it has, that with the highest score first."""
+        best: dict[int, float] = {}
+        for action in self.actions:
+            best[action.label] = max(best.get(action.label, 0.0), action.score)
+        return sorted(best, key=lambda label: (-best[label], label))
+
+
 @dataclass(frozen=True)
 class Timeline:
     """The windows of one video in order of time.

@@ -8,8 +8,9 @@ from PIL import Image
 
 from genkd.configs.load import load
 from genkd.errors import UserError
+from genkd.evaluation.panels import drawable, font, shortened
 from genkd.evaluation.predict import Prediction
-from genkd.evaluation.render import Overlay, _font, drawable, render, shortened
+from genkd.evaluation.render import Overlay, render
 from genkd.evaluation.timeline import Timeline
 from genkd.models.checkpoints import ModelCard, save_weights
 
@@ -118,10 +119,10 @@ def test_without_attention_the_top_score_is_drawn():
 
 
 def test_names_that_do_not_fit_or_cannot_be_drawn():
-    font = _font(11)
-    short = shortened(CLASSES[2], 90, font)
-    assert short.endswith("…") and CLASSES[2].startswith(short[:-1]) and 60 < font.getlength(short) <= 90
-    assert shortened("run", 90, font) == "run"
+    small = font(11)
+    short = shortened(CLASSES[2], 90, small)
+    assert short.endswith("…") and CLASSES[2].startswith(short[:-1]) and 60 < small.getlength(short) <= 90
+    assert shortened("run", 90, small) == "run"
     assert drawable("Chute d’été — Падение", 0) == "Chute d’été — Падение"
     assert drawable("跳跃", 7) == "class 7" and drawable("跳 jump", 7) == "? jump" and drawable("a\nb", 7) == "a?b"
     assert drawable("e\u0301", 0) == "é", "a letter and its accent are one glyph"

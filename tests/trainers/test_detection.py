@@ -16,6 +16,7 @@ from genkd.cli import main
 from genkd.configs.load import load
 from genkd.errors import UserError
 from genkd.evaluation import detect
+from genkd.evaluation.detection import mean_average_precision
 from genkd.models.checkpoints import load_cvae, load_detector, read_card
 from genkd.models.detector import DetectorOutput
 from genkd.preprocessing import interop, thumos
@@ -283,9 +284,25 @@ def test_the_originals_weighting_does_not_hang_on_neighbours_in_tests(tiny, tmp_
         assert scores[0] == pytest.approx(scores[1], rel=1e-4)
 
 
-def test_a_report_of_a_detector_is_refused_without_harm(runs):
-    done = CliRunner().invoke(main, ["report", str(runs / "student")])
-    assert done.exit_code == 1 and "is the run of a detector, and reports are of recognizers" in done.output
+def test_a_report_shows_curves_and_what_was_detected(tiny, runs, untrimmed, tmp_path):
+    """The numbers of `genkd evaluate detection` on the page, and those that training measured."""
+    train(tiny("detect-teacher", "eval_every=1"), tmp_path / "run", quiet)
+    run, call = tmp_path / "run", CliRunner().invoke
+    file = run / "evaluation" / "detections.json"
+    done = call(main, ["detect", str(run), str(untrimmed), str(file), "--device", "cpu", "--precision", "fp32"])
+    assert done.exit_code == 0, done.output
+    done = call(main, ["report", str(run), str(runs / "student"), "--out", str(tmp_path / "report.html")])
+    assert done.exit_code == 0, done.output
+    page = (tmp_path / "report.html").read_text()
+    truth = detect.ground_truth(Dataset.open(untrimmed), "test")
+    found = mean_average_precision(truth, json.loads(file.read_text()), detect.TIOUS, "test")
+    assert f"<b>{100 * found.average_map:.1f}</b>" in page
+    (line,) = [line for line in map(json.loads, (run / "metrics.jsonl").open()) if line["kind"] == "eval"]
+    assert line["map"] == pytest.approx(found.average_map, abs=1e-3)
+    assert f"{100 * line['map']:.1f} %" in page and "video_test_0000001" in page
+    assert "student has no detections of its weights on record" in page
+    for title in ("mAP while training", "Average recall", "What the errors are", "conditional VAEs", "Throughput"):
+        assert title in page
 
 
 def test_averaging_is_of_outputs():
