@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -40,7 +41,10 @@ from .common import compare, machine, named, versions
 from .process import run_measured
 from .scaling_rank import CASES, CLOCKS, SIZES, count
 
+log = logging.getLogger(__name__)
+
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
+_LOADED = 8  # clips a batch of the predicted preset's loader, whose real batches may be of several GB
 CLASSES = 101  # of the counted networks: UCF101's
 _ONE, _TWO, _APART = "1 rank", "2 ranks", "2 ranks side by side, nothing exchanged"
 _OTHERS = "others' share of the cores"
@@ -70,6 +74,9 @@ def run(
     if plot is not None:
         prepare_file(plot)
     preset, target, batches = preset or "small", target or "ucf101-modern", batches or 6
+    for name in (preset, target):
+        if load(name, "representation").passes > 1:
+            raise UserError(f"{name} has alternate=epoch, a stage at a time; the model is of alternate=step")
     with tempfile.TemporaryDirectory(prefix="genkd-bench-") as folder:
         bench = _Bench(Path(folder), data, preset, target, repeats, batches)
         base, gradients, measured = bench.target_assumptions(chosen[0])
@@ -111,26 +118,28 @@ class _Bench:
 
     def target_assumptions(self, case: str) -> tuple[model.Assumptions, dict[str, list[float]], dict[str, Any]]:
         """Of the predicted preset: assumptions, gradients by module, and all that was found."""
-        classes = [f"class {number}" for number in range(CLASSES)]
-        place = self._videos(self.target)
-        counted = count(self.target, case, classes, self.root)
-        loaded = self._loads(self.target, place, min(8, counted["clips"]), pin=False)
+        batch = min(_LOADED, load(self.target, "distill", ["method=none"]).batch_size)
+        place = self._videos(self.target, batch)
+        counted = count(self.target, case, [f"class {number}" for number in range(CLASSES)], self.root)
+        loaded = self._loads(self.target, place, batch, pin=False)
         found: dict[str, Any] = {"counted": _in_mb(counted), "loader": loaded}
-        shares, source = counted["shares"], "counted: of the FLOPs"
-        values = {"clips_per_gpu": counted["clips"], "gflop_per_clip": counted["gflop_per_clip"], "step_s": 0.0}
+        shares, source, step_s = counted["shares"], "counted: of the FLOPs", 0.0
         if torch.cuda.is_available():
-            job = self._job("step", self.target, place, case=case, clips=[counted["clips"]], steps=20, pin=False)
-            step = self._spawn({**job, "device": "cuda"})[0]
-            found["step"], own = _in_mb(step), step["by_clips"][str(counted["clips"])]
-            shares, source, values["step_s"] = own["shares"], f"measured on {machine()['gpu']}", own["step_s"]["wall"]
-        assumptions = _counted(counted, shares, source).but(source, step_s=values.pop("step_s"))
-        return (
-            assumptions.but("preset", clips_per_gpu=values["clips_per_gpu"])
-            .but("counted: student and teacher, both ways", gflop_per_clip=values["gflop_per_clip"])
-            .but(f"measured here: {loaded['decoder']}, {'synthetic' if not self.data else self.data.name} videos",
-                 cpu_s_per_clip=loaded["cpu_s_per_clip"], mb_per_clip=loaded["mb_per_clip"]),
-            counted["gradients"], found,
-        )  # fmt: skip
+            clips = counted["clips"]
+            job = self._job("step", self.target, place, case=case, clips=[clips], steps=20, pin=False, device="cuda")
+            step = self._spawn(job)[0]
+            own = step["by_clips"][str(clips)]
+            found["step"] = _in_mb(step)
+            shares, source, step_s = own["shares"], f"measured on {machine()['gpu']}", own["step_s"]["wall"]
+        videos = "synthetic" if self.data is None else self.data.name
+        assumptions = (
+            _counted(counted, shares, source)
+            .but(source, step_s=step_s)
+            .but("preset", clips_per_gpu=counted["clips"])
+            .but("counted: student and teacher, forward and backward", gflop_per_clip=counted["gflop_per_clip"])
+            .but(f"measured here: {loaded['decoder']}, {videos} videos", **_loading(loaded))
+        )
+        return assumptions, counted["gradients"], found
 
     def validate(self, cases: Sequence[str], result: dict[str, Any]) -> None:
         """Trains one and two ranks of each case and adds to the result what they reach and what the model says."""
@@ -139,7 +148,7 @@ class _Bench:
             raise UserError(
                 f"{self.preset} has batches of one clip, which two ranks cannot share; name another --preset"
             )
-        place = self._videos(self.preset)
+        place = self._videos(self.preset, batch)
         links = [self._spawn(self._job("all_reduce", self.preset, place), 2)[0] for _ in range(self.repeats)]
         seconds = {
             clock: {size: _median(link[str(size)][clock] for link in links) for size in SIZES} for clock in CLOCKS
@@ -195,6 +204,7 @@ class _Bench:
 
     def _spawn(self, job: Mapping[str, Any], ranks: int = 1) -> tuple[dict[str, Any], float | None]:
         """What a job finds, and the share of the cores that other processes took meanwhile."""
+        log.info("%s", " ".join([job["preset"], job.get("case", ""), job["mode"], f"with {ranks} ranks" * (ranks > 1)]))
         if "case" in job:
             self._teacher(job["preset"], Path(job["data"]))
         wanted, out = self.root / "job.json", self.root / "out.json"
@@ -220,24 +230,23 @@ class _Bench:
     def _folder(self, preset: str, what: str) -> Path:
         return self.root / f"{what}-of-{'target' if preset == self.target else 'preset'}"
 
-    def _videos(self, preset: str) -> Path:
-        """A shard data set for a preset's clips: the user's, or synthetic videos a little larger and longer."""
+    def _videos(self, preset: str, batch: int) -> Path:
+        """A shard data set with a batch of a preset's clips or more: the user's, or synthetic videos, somewhat larger
+        and longer."""
         config = load(preset, "distill", ["method=none"])
         if self.data is not None:
             dataset = Dataset.open(self.data)
             videos = len(dataset.rows(config.data.train_split))
             if is_flow(dataset):
                 raise UserError(f"{self.data} holds flow; the scaling benchmark measures with RGB clips")
-            if videos < config.batch_size:
-                raise UserError(
-                    f"{self.data} has {videos} videos to train on, less than a batch of {config.batch_size}"
-                )
+            if videos < batch:
+                raise UserError(f"{self.data} has {videos} videos to train on, less than a batch of {batch}")
             return self.data
-        out, videos_at = self._folder(preset, "data"), self._folder(preset, "videos")
+        out, videos_at = self._folder(preset, f"data-{batch}"), self._folder(preset, f"videos-{batch}")
         if not out.exists():
             side = (config.data.size * 8 // 7 + 15) // 16 * 16
             length = config.data.clip_length * config.data.stride / 25
-            each = max(8, -(-2 * config.batch_size // 10))  # of ten classes; about half of them to train on
+            each = 4 + -(-batch // 10)  # of ten classes; all but one group of at most four to train on
             settings = SynthSettings(each, max(2.0, 1.25 * length), 25, side * 4 // 3 // 2 * 2, side, test_share=0.25)
             synthesize(videos_at, settings, workers=len(os.sched_getaffinity(0)))
             convert(sources.ucf101(videos_at), out, VideoSettings("h264", short_side=side), workers=2)
@@ -278,6 +287,10 @@ def _counted(found: dict[str, Any], shares: Mapping[str, float], source: str) ->
     )
 
 
+def _loading(loaded: Mapping[str, Any]) -> dict[str, float]:
+    return {name: loaded[name] for name in ("cpu_s_per_clip", "mb_per_clip")}
+
+
 def _here(
     steps: Sequence[dict[str, Any]], batch: int, clock: str, seconds: Mapping[int, float], loaded: Mapping[str, Any]
 ) -> model.Assumptions:
@@ -298,7 +311,7 @@ def _here(
         )
         .but("measured here: gloo, an all-reduce of 4 bytes", nvlink_latency_us=seconds[small] / 2 * 1e6)
         .but("measured as it is", link_utilization=1)
-        .but("measured here", cpu_s_per_clip=loaded["cpu_s_per_clip"], mb_per_clip=loaded["mb_per_clip"])
+        .but("measured here", **_loading(loaded))
         .but("a rank's core does everything", overlap=0, loader_overlap=0)
         .but("of the check", gpus_per_host=2, cores_per_host=2)
     )

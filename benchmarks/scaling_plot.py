@@ -12,7 +12,10 @@ from ..evaluation.charts import COLOURS
 from ..files import replacing
 
 _TEXT = "#46505a"
-_KINDS = (("rows", "fp32 gradients", COLOURS[0], "o"), ("rows_bf16", "bf16 gradients", COLOURS[2], "s"))
+_KINDS = (
+    ("rows", "compute and exchange, fp32", COLOURS[0], "o"),
+    ("rows_bf16", "compute and exchange, bf16", COLOURS[2], "s"),
+)
 
 
 def draw(prediction: dict[str, Any], path: Path) -> None:
@@ -67,10 +70,11 @@ def draw(prediction: dict[str, Any], path: Path) -> None:
 def _mark(axes: Any, rows: list[dict[str, Any]]) -> None:
     """Names what limits, where that begins."""
     before = ""
-    for row in rows:
+    for number, row in enumerate(rows):
         if row["limit"] != before:
+            right = number > len(rows) / 2  # where the text would leave the picture
             axes.annotate(
-                f"{row['limit']} limits", (row["gpus"], row["clips_per_s"]), xytext=(6, -16),
-                textcoords="offset points", color="#20262b", fontsize=9,
+                f"{row['limit']} limits", (row["gpus"], row["clips_per_s"]), xytext=(6, -18),
+                textcoords="offset points", ha="right" if right else "left", color="#20262b", fontsize=9,
             )  # fmt: skip
         before = row["limit"]

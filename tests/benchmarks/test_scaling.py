@@ -226,3 +226,12 @@ def test_the_plot_is_drawn_for_every_limit(tmp_path):
 def test_a_folder_in_the_plots_place_is_refused_first(tmp_path):
     with pytest.raises(UserError, match="is a folder"):
         scaling.run(None, 1, plot=tmp_path)
+
+
+def test_presets_that_it_cannot_model_are_refused_first(tmp_path):
+    with pytest.raises(UserError, match="nowhere"):
+        scaling.run(None, 1, preset="nowhere")
+    turns = tmp_path / "turns.yaml"
+    turns.write_text("base: demo\nalternate: epoch\n", encoding="utf-8")
+    with pytest.raises(UserError, match="alternate=epoch"):
+        scaling.run(None, 1, target=str(turns))
