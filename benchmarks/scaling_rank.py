@@ -178,7 +178,8 @@ def _train(job: dict[str, Any], place: Ranks) -> dict[str, Any]:
 
 
 def _load(job: dict[str, Any], place: Ranks) -> dict[str, Any]:
-    """Processor time of the whole process and bytes read, a clip, while batches go by."""
+    """Processor time of the whole process and bytes read, a clip, while batches go by; and the processor time of what
+    stays on the cores where there is a GPU: reading, decoding and converting by PyAV, at the size of the clip."""
     with _loader(job, place) as loader:
         batches = _endless(loader)
         for _ in range(WARM_UP + 1):
@@ -189,7 +190,21 @@ def _load(job: dict[str, Any], place: Ranks) -> dict[str, Any]:
         # Bytes are counted when they are read, ahead of the clips that are handed out; so are the frames that are used.
         read, used = (after[name] - before[name] for name in ("read_mb", "used_frames"))
         mb = read / used * loader.config.clip_length
-        return {"cpu_s_per_clip": cpu / clips, "mb_per_clip": mb, "decoder": loader.decoder}
+        return {
+            "cpu_s_per_clip": cpu / clips, "decoding_cpu_s_per_clip": _decoding_s(loader, clips), "mb_per_clip": mb,
+            "decoder": loader.decoder,
+        }  # fmt: skip
+
+
+def _decoding_s(loader: Loader, clips: int) -> float:
+    stream, seconds = loader.streams[0], []
+    for number in range(clips + WARM_UP):
+        cpu = time.process_time()
+        sample = loader.sample(0, number % loader.count)
+        media = stream.prepare(sample, stream.read(sample), encoded=False)
+        seconds.append(time.process_time() - cpu)
+        stream.release([media], encoded=False)
+    return float(np.mean(seconds[WARM_UP:]))
 
 
 def _loader(job: dict[str, Any], place: Ranks) -> Loader:
