@@ -31,14 +31,14 @@ lint: $(READY)
 
 bench: $(READY)
 	@mkdir -p $(RESULTS)
-	for what in loader shard train kernels detect; do $(BIN)/genkd bench $$what --out $(RESULTS)/bench-$$what.json || exit 1; done
+	for what in loader shard train kernels detect scaling; do $(BIN)/genkd bench $$what --out $(RESULTS)/bench-$$what.json || exit 1; done
 
 # On a machine whose Python already has everything: make gpu PYTHON=python3. Results go to $OUT where that is set.
 gpu:
 	$(PYTHON) -m pytest -q -m gpu
 	@where=$${OUT:-$(RESULTS)}; mkdir -p $$where; \
 	name=$$($(PYTHON) -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))') && \
-	for what in loader shard train kernels detect; do $(PYTHON) -m genkd bench $$what --out $$where/$$name-$$what.json || exit 1; done
+	for what in loader shard train kernels detect scaling; do $(PYTHON) -m genkd bench $$what --out $$where/$$name-$$what.json || exit 1; done
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

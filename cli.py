@@ -137,18 +137,30 @@ def report(runs: tuple[Path, ...], out: Path | None, ground_truth: Path | None, 
 
 
 @main.command()
-@click.argument("what", type=click.Choice(["loader", "shard", "train", "kernels", "detect"]))
+@click.argument("what", type=click.Choice(["loader", "shard", "train", "kernels", "detect", "scaling"]))
 @click.option(
     "--data", type=FOLDER,
-    help="loader, train: shard data set; shard: folder of videos; detect: ground-truth JSON  [default: synthetic]",
+    help="loader, train, scaling: shard data set; shard: folder of videos; detect: ground-truth JSON  "
+    "[default: synthetic]",
 )  # fmt: skip
 @click.option(
     "--workload", "workloads", multiple=True,
     help="loader: 16x224, 64x224, 256x96-long, index, or memory, which only runs when named; kernels: cases, train: "
-    "contenders, with this text in their names. May be repeated.",
+    "contenders, scaling: distilled, student alone, representation or teacher, with this text in their names. May be "
+    "repeated.",
 )  # fmt: skip
 @click.option("--tune", is_flag=True, help="loader: look for the fastest data.* settings on this machine instead.")
-@click.option("--batches", type=click.IntRange(1), help="train: batches that are timed  [default: CPU 4, GPU 20]")
+@click.option(
+    "--batches",
+    type=click.IntRange(1),
+    help="train, scaling: batches that are timed  [default: CPU 4, GPU 20; scaling 6]",
+)
+@click.option("--preset", help="scaling: what is trained by one and two ranks here  [default: small]")
+@click.option("--target", help="scaling: what is predicted for GPUs  [default: ucf101-modern]")
+@click.option(
+    "--assume", multiple=True, metavar="NAME=VALUE", help="scaling: of the assumptions it prints. Repeatable."
+)
+@click.option("--plot", type=FOLDER, help="scaling: draw the prediction to this PNG file.")
 @click.option("--out", type=FOLDER, help="Write the JSON result to this file.")
 @click.option("--repeats", default=3, show_default=True, type=click.IntRange(1))
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -159,24 +171,38 @@ def report(runs: tuple[Path, ...], out: Path | None, ground_truth: Path | None, 
     "genkd bench train --out result.json\n"
     "genkd bench train --batches 8 --workload distilled\n"
     "genkd bench kernels --repeats 20 --workload generative_kd\n"
-    "genkd bench detect --data thumos_gt.json"
+    "genkd bench detect --data thumos_gt.json\n"
+    "genkd bench scaling --plot scaling.png --assume inter_host_gb_s=25 --assume step_s=0.2"
 )
 def bench(what: str, data: Path | None, workloads: tuple[str, ...], tune: bool, batches: int | None,
-          out: Path | None, repeats: int, as_json: bool) -> None:  # fmt: skip
+          preset: str | None, target: str | None, assume: tuple[str, ...], plot: Path | None, out: Path | None,
+          repeats: int, as_json: bool) -> None:  # fmt: skip
     """Measure side by side in one run: the loader against other loaders, sharding, training steps, fused kernels, and
-    soft-NMS and mAP of detections.
+    soft-NMS and mAP of detections; or predict training on many GPUs, and check the model with two ranks.
 
     With --tune: look for the loader's fastest settings on this machine, for `genkd train`.
     """
     from .benchmarks import run_benchmark
-    from .tables import benchmark_tables, show
+    from .tables import benchmark_tables, scaling_tables, show
 
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-    result = run_benchmark(what, data, repeats, workloads, tune=tune, batches=batches)
+    result = run_benchmark(
+        what,
+        data,
+        repeats,
+        workloads,
+        tune=tune,
+        batches=batches,
+        preset=preset,
+        target=target,
+        assume=assume,
+        plot=plot,
+    )
     if out:
         write_json(out, result)
-    click.echo(json.dumps(result, indent=2)) if as_json else show(benchmark_tables(result))
+    tables = benchmark_tables(result) + (scaling_tables(result) if what == "scaling" else [])
+    click.echo(json.dumps(result, indent=2)) if as_json else show(tables)
     if tune and not as_json:
         click.echo("fastest: " + " ".join(f"{name}={value}" for name, value in result["best"].items()))
 

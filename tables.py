@@ -215,6 +215,37 @@ def benchmark_tables(result: dict[str, Any]) -> list[Table]:
     return tables
 
 
+def scaling_tables(result: dict[str, Any]) -> list[Table]:
+    """The assumptions, the prediction by GPUs, and how far off the model is for one and two ranks here."""
+    found = result["prediction"]
+    assumed = _table(
+        f"assumptions for {found['case']}, {found['preset']}; change with --assume", "name", "value", "unit", "source"
+    )
+    for entry in found["assumptions"]:
+        assumed.add_row(entry["name"], f"{entry['value']:.4g}", entry["unit"], entry["source"])
+    predicted = _table(
+        "predicted, not measured on several GPUs", "GPUs", "clips/s", "efficiency", "limit", "step ms", "not hidden ms",
+        "without limits", "bf16 gradients", "loaders", "storage",
+    )  # fmt: skip
+    for row, half in zip(found["rows"], found["rows_bf16"], strict=True):
+        rates = row["without_limits"], half["without_limits"], row["loader"], row["storage"]
+        predicted.add_row(
+            str(row["gpus"]), f"{row['clips_per_s']:,.0f}", f"{100 * row['efficiency']:.1f} %", row["limit"],
+            f"{1000 * row['step_s']:.1f}", f"{1000 * row['exposed_s']:.1f}",
+            *(f"{value:,.0f}" for value in rates),
+        )  # fmt: skip
+    tables = [assumed, predicted]
+    for entry in result["validation"]:
+        speedup = entry["speedup"]
+        title = f"{entry['case']}, {entry['clock']} s a step: 2 ranks beside 1 {speedup['predicted']:.2f} predicted"
+        checked = _table(f"{title}, {speedup['measured']:.2f} measured", "", "predicted", "measured", "error")
+        for row in entry["rows"]:
+            values = (f"{row['predicted_s']:.3f}", f"{row['measured_s']:.3f}", f"{row['error_percent']:+.1f} %")
+            checked.add_row(row["name"], *values)
+        tables.append(checked)
+    return tables
+
+
 def _note(key: str, value: Any) -> str:
     if value is True:
         return key
@@ -250,7 +281,9 @@ def _table(title: str, *columns: str) -> Table:
     for number, column in enumerate(columns):
         table.add_column(
             column,
-            justify="left" if number == 0 or column in ("class", "what", "found", "notes", "weights") else "right",
+            justify="left"
+            if number == 0 or column in ("class", "what", "found", "notes", "weights", "source")
+            else "right",
         )
     return table
 
