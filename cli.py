@@ -132,8 +132,8 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
 )  # fmt: skip
 @click.option(
     "--workload", "workloads", multiple=True,
-    help="loader: 16x224, 64x224, 256x96-long, index, or memory, which only runs when named; kernels: cases, train: "
-    "contenders, with this text in their names. May be repeated.",
+    help="loader: 16x224, 64x224, 256x96-long, index, or memory, which only runs when named; detect: soft-nms, map, "
+    "inference or training; kernels: cases, train: contenders, with this text in their names. May be repeated.",
 )  # fmt: skip
 @click.option("--tune", is_flag=True, help="loader: look for the fastest data.* settings on this machine instead.")
 @click.option("--batches", type=click.IntRange(1), help="train: batches that are timed  [default: CPU 4, GPU 20]")
@@ -147,12 +147,13 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
     "genkd bench train --out result.json\n"
     "genkd bench train --batches 8 --workload distilled\n"
     "genkd bench kernels --repeats 20 --workload generative_kd\n"
-    "genkd bench detect --data thumos_gt.json"
+    "genkd bench detect --data thumos_gt.json\n"
+    "genkd bench detect --workload inference --workload training"
 )
 def bench(what: str, data: Path | None, workloads: tuple[str, ...], tune: bool, batches: int | None,
           out: Path | None, repeats: int, as_json: bool) -> None:  # fmt: skip
     """Measure side by side in one run: the loader against other loaders, sharding, training steps, fused kernels, and
-    soft-NMS and mAP of detections.
+    soft-NMS, mAP and windows of detection.
 
     With --tune: look for the loader's fastest settings on this machine, for `genkd train`.
     """

@@ -21,8 +21,8 @@ def run_benchmark(
     """Runs the benchmark `what`: "loader", "shard", "train", "kernels" or "detect"; data: None measures on synthetic
     videos, and for "detect" on a synthetic ground truth.
 
-    workloads: of the loader benchmark, or texts in the names of the kernels' cases or of the contenders in training;
-    none are the default ones. tune: look for the loader's fastest settings instead. batches: timed ones of training.
+    workloads: of the loader benchmark, or texts in the names of detection's workloads, of the kernels' cases, or of the
+    contenders in training; none are the default ones. tune: look for the loader's fastest settings instead. batches: timed ones of training.
     Raises UserError where another benchmark has none of these.
     """
     # Here and not above: a process that measures one thing should not hold the packages of the others.
@@ -34,7 +34,7 @@ def run_benchmark(
         return loader_tune.run(data, repeats, *workloads)
     if what == "loader":
         return loader.run(data, repeats, workloads)
-    if tune or (workloads and what not in ("train", "kernels")):
+    if tune or (workloads and what not in ("train", "kernels", "detect")):
         raise UserError(f"genkd bench {what} has no --{'tune' if tune else 'workload'}; `genkd bench loader` has")
     if batches and what != "train":
         raise UserError(f"--batches is for `genkd bench train`; `genkd bench {what}` has none")
@@ -44,4 +44,6 @@ def run_benchmark(
         if data is not None:
             raise UserError("genkd bench kernels measures on random tensors; it takes no --data")
         return kernels.run(repeats, names=workloads)
-    return {"shard": shard.run, "detect": detect.run}[what](data, repeats)
+    if what == "detect":
+        return detect.run(data, repeats, workloads)
+    return shard.run(data, repeats)

@@ -106,6 +106,17 @@ def windows(
     return every
 
 
+def candidates(entries: list[Found], fps: float, length: int, threshold: float) -> list[np.ndarray]:
+    """What a video's windows have above the threshold: of each class start, end in seconds and score, (n,3) float32.
+
+    length: the video's, in frames, which no segment exceeds.
+    """
+    segments = np.concatenate([np.minimum(e.segments + e.offset, length) for e in entries]) / fps
+    scores = np.concatenate([e.scores for e in entries])
+    kept = (scores > threshold) & (segments[:, 1] > segments[:, 0])[:, None]
+    return [np.column_stack([segments[own], scores[own, place]]).astype(np.float32) for place, own in enumerate(kept.T)]
+
+
 def actions(found: list[Found], dataset: Dataset, decoding: Decoding = Decoding()) -> dict[str, list[dict[str, Any]]]:
     """Actions of each video by key: {"label", "score", "segment": [start, end] in seconds}, highest score first.
 
@@ -118,12 +129,9 @@ def actions(found: list[Found], dataset: Dataset, decoding: Decoding = Decoding(
     rates = dataset.table["fps"].to_numpy()
     for row, entries in by_video.items():
         fps, length = float(rates[row]), dataset.num_frames[row]
-        segments = np.concatenate([np.minimum(e.segments + e.offset, length) for e in entries]) / fps
-        scores = np.concatenate([e.scores for e in entries])
         of_video = []
-        for place, name in enumerate(dataset.classes[1:]):
-            kept = (scores[:, place] > decoding.threshold) & (segments[:, 1] > segments[:, 0])
-            rows = np.column_stack([segments[kept], scores[kept, place]]).astype(np.float32)
+        by_class = candidates(entries, fps, length, decoding.threshold)
+        for name, rows in zip(dataset.classes[1:], by_class, strict=True):
             left = soft_nms(rows, decoding.sigma, decoding.top_k, decoding.floor, compat=decoding.compat)
             of_video += [
                 {"label": name, "score": float(score), "segment": [float(start), float(end)]}
