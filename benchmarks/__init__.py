@@ -22,7 +22,8 @@ def run_benchmark(
     videos, and for "detect" on a synthetic ground truth.
 
     workloads: of the loader benchmark, or texts in the names of detection's workloads, of the kernels' cases, or of the
-    contenders in training; none are the default ones. tune: look for the loader's fastest settings instead. batches: timed ones of training.
+    contenders in training; none are the default ones. tune: look for the loader's fastest settings instead. batches:
+    timed ones of training.
     Raises UserError where another benchmark has none of these.
     """
     # Here and not above: a process that measures one thing should not hold the packages of the others.

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..errors import UserError
 from ..evaluation.detection import mean_average_precision
 from ..evaluation.ground_truth import read_ground_truth
 from ..evaluation.soft_nms import soft_nms_classes
 from ..evaluation.tious import THUMOS14
-from ..errors import UserError
 from ..files import read_json
 from . import detect_reference, detect_windows
 from .common import compare, named
@@ -69,7 +69,8 @@ def run(
         {"workload": name, "unit": found["unit"], **row} for name, found in results.items() for row in found["rows"]
     ]
     result["targets"] = [
-        {"name": f"{row['workload']} beside the original {'loop' if row['workload'] in WORKLOADS else 'algorithm'}",
+        {"name": row["workload"] + (" beside the original's loop" if row["workload"] in WORKLOADS else
+                                    " beside the original algorithm"),
          "measured": row["ratio"], "at_least": goal, "at_most": None, "met": row["ratio"] >= goal}
         for row in result["rows"]
         for start, goal in GOALS.items()
@@ -86,7 +87,7 @@ def _algorithms(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        results = {}
+        results: dict[str, dict[str, Any]] = {}
         if "map" in chosen:
             truth = read_json(data) if data else synthetic_truth()
             read_ground_truth(data or truth, SUBSET)

@@ -1,15 +1,17 @@
 """The original implementation's loops over windows on genkd's networks, to measure ours against.
 
 Written down from what its test.py and train.py for THUMOS14 do ("Generative Model-based Feature Knowledge Distillation
-for Action Recognition", AAAI 2024, detection), with every circumstance that costs time: one window at a time; float32
-in NCDHW; an epoch is a pass over the windows for the VAEs and another one for the detector; the background view goes
+for Action Recognition", AAAI 2024, detection), with the circumstances that cost time: one window at a time; float32 in
+NCDHW; an epoch is a pass over the windows for the VAEs and another one for the detector; the background view goes
 through the whole detector, of whose losses two are used; the spliced window has a pass of its own; targets are matched
-a sample at a time; losses are fetched from the device in every step.
+a sample at a time; losses are fetched from the device in every step. One is left out: in the spliced window's pass, the
+finest level's proposals, which are computed and not used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -64,7 +66,8 @@ def slide(
                 rows = torch.cat([(segments[above] + offset) / fps, scores[above, label, None]], 1)
                 found[label].append(rows)
     by_class = [torch.cat(rows).cpu() if rows else torch.zeros(0, 3) for rows in found[1:]]
-    return Seen(*(torch.stack(values).cpu() for values in zip(*every, strict=True)), by_class)
+    segments, scores = (torch.stack(values).cpu() for values in zip(*every, strict=True))
+    return Seen(segments, scores, by_class)
 
 
 class Window(NamedTuple):
@@ -154,21 +157,20 @@ class OriginalTraining:
         behind = self._detect(back, gaps, window.boundaries)
         terms["background"] = behind["conf"]
         total = self._sum(terms) + self.background * (self.segments * behind["loc"] + behind["conf"])
-        follow = torch.zeros((), device=self.device)
+        pairs = []
         if window.spliced is not None and window.segments is not None:
             other, attended = self._look(self.student, window.spliced)
             weighted = {name: _weighted(other[name], attended[name]) for name in _LEVELS}
             terms["triplet"] = self._triplet(weighted, window.segments.to(self.device))
             total = total + self.ssl * terms["triplet"]
             _, taught = self._look(self.teacher, window.spliced)
-            follow = follow + sum(self.mse(taught[name], attended[name]) for name in _LEVELS)
-        recovered = [
-            (self.cvaes[name].decode(attention[name], self.noise(attention[name])) - features[name]).pow(2).mean()
-            for name in _LEVELS
-        ]
-        terms["rec"] = recovered[0] + recovered[1]
+            pairs += [(taught[name], attended[name]) for name in _LEVELS]
+        noise = {name: self.noise(attention[name]) for name in _LEVELS}
+        recovered = self.cvaes.decode_frozen(attention, noise)  # their parameters rest in any case
+        terms["rec"] = torch.stack([(recovered[name] - features[name]).pow(2).mean() for name in _LEVELS]).sum()
         _, taught = self._look(self.teacher, window.clip)
-        terms["att"] = follow + sum(self.mse(attention[name], taught[name]) for name in _LEVELS)
+        pairs += [(taught[name], attention[name]) for name in _LEVELS]
+        terms["att"] = torch.stack([self.mse(*pair) for pair in pairs]).sum()
         terms["total"] = total + min(epoch, 20) / 20 * 0.5 * terms["rec"] + self.beta * terms["att"]
         return terms
 
@@ -283,7 +285,7 @@ def _weighted(features: Tensor, attention: Tensor) -> Tensor:
 def _gaps(actions: np.ndarray) -> list[list[float]]:
     """Background between sorted actions, as shares of the window, with label 0."""
     gaps = [] if actions[0][0] == 0 else [[0.0, float(actions[0][0]), 0.0]]
-    gaps += [[float(one[1]), float(other[0]), 0.0] for one, other in zip(actions, actions[1:], strict=False)]
+    gaps += [[float(one[1]), float(other[0]), 0.0] for one, other in pairwise(actions)]
     if actions[-1][1] != 1:
         gaps.append([float(actions[-1][1]), 1.0, 0.0])
     return gaps

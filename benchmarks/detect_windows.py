@@ -1,4 +1,4 @@
-"""A detector's windows a second, beside the original implementation's loops: through an untrimmed video, and in training.
+"""A detector's windows a second beside the original implementation's loops: in an untrimmed video, and in training.
 
 Inference goes from the stored video (H.264 shards here, an array of frames there) to each class's segments in seconds,
 before soft-NMS, which random weights would give another amount of work than trained ones. Training has its windows in
@@ -58,7 +58,7 @@ class Size:
     eval_batch: int
 
 
-# An hour at full size would take one CPU core 280 windows x 2 s of convolutions in each of two contenders and each turn.
+# An hour at full size is 280 windows, each of some seconds on a CPU core, for two contenders in every turn.
 ON_CPU = Size("detect-demo", 120.0, 8, 4, 4)
 ON_GPU = Size("thumos14", 3600.0, 64, 8, 16)
 
@@ -109,7 +109,8 @@ def _about(place: Setting, **more: Any) -> dict[str, Any]:
     config = place.config
     return {
         "preset": place.size.preset, "clip_length": config.data.clip_length, "size": config.data.size,
-        "width": config.model.width, "fps": FPS, "device": place.device.type, "threads": torch.get_num_threads(), **more,
+        "width": config.model.width, "fps": FPS, "device": place.device.type, "threads": torch.get_num_threads(),
+        **more,
     }  # fmt: skip
 
 
@@ -117,8 +118,8 @@ def inference(place: Setting, repeats: int) -> dict[str, Any]:
     """Windows a second through the test video. Raises AssertionError where the contenders find different things."""
     config, device = place.config.data, place.device
     network = cast(Detector, phases.build(_alone(place.config, "compat=reference"), place.classes).network)
-    with torch.no_grad():  # segments of some 20 frames to either side, as of a trained detector, instead of one
-        network.pyramid.loc_head.conv1d.bias.fill_(3.0)
+    # Segments of some 20 frames to either side, as of a trained detector, instead of one.
+    torch.nn.init.constant_(cast(torch.Tensor, network.pyramid.loc_head.conv1d.bias), 3.0)
     network.eval().to(device)
     own = cast(Detector, phases.build(_alone(place.config, "compat=reference"), place.classes).network)
     own.load_state_dict(network.state_dict())
@@ -152,7 +153,7 @@ def inference(place: Setting, repeats: int) -> dict[str, Any]:
             own_work()  # allocates, and chooses cuDNN's algorithms
         about = _about(
             place, video_seconds=length / FPS, windows=count, batch_size=place.size.eval_batch,
-            note="one video on a GPU is of an hour at full size; on a CPU, a small preset and a shorter video",
+            note="on a GPU an hour at full size; on a CPU, too slow for that, a small preset and a shorter video",
         )  # fmt: skip
         contenders = {label: partial(timed, label) for label in work}
         result = compare("detect", "windows/s", contenders, repeats, about)
@@ -187,6 +188,9 @@ def _same(wanted: Seen, found: Seen) -> dict[str, float]:
     """The largest differences of segments, in frames, and of scores. A rounded boundary on the edge between two steps
     may fall to either side, and moves a level's refinements: of 1,000 anchors, 10 may differ by more than rounding."""
     far = {}
+    for number, (rows, own) in enumerate(zip(wanted.by_class, found.by_class, strict=True), 1):
+        differing = abs(len(rows) - len(own))  # of scores at the threshold, or refinements as above
+        assert differing <= 0.01 * len(rows), f"{len(own)} of {len(rows)} segments of class {number}"
     for name, one, other, bound in (
         ("segments", wanted.segments, found.segments, 0.05),
         ("scores", wanted.scores, found.scores, 1e-4),
