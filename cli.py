@@ -145,9 +145,9 @@ def report(runs: tuple[Path, ...], out: Path | None, ground_truth: Path | None, 
 )  # fmt: skip
 @click.option(
     "--workload", "workloads", multiple=True,
-    help="loader: 16x224, 64x224, 256x96-long, index, or memory, which only runs when named; kernels: cases, train: "
-    "contenders, scaling: distilled, student alone, representation or teacher, with this text in their names. May be "
-    "repeated.",
+    help="loader: 16x224, 64x224, 256x96-long, index, or memory, which only runs when named; detect: soft-nms, map, "
+    "inference or training; kernels: cases, train: contenders, scaling: distilled, student alone, representation or "
+    "teacher, with this text in their names. May be repeated.",
 )  # fmt: skip
 @click.option("--tune", is_flag=True, help="loader: look for the fastest data.* settings on this machine instead.")
 @click.option(
@@ -172,13 +172,14 @@ def report(runs: tuple[Path, ...], out: Path | None, ground_truth: Path | None, 
     "genkd bench train --batches 8 --workload distilled\n"
     "genkd bench kernels --repeats 20 --workload generative_kd\n"
     "genkd bench detect --data thumos_gt.json\n"
+    "genkd bench detect --workload inference --workload training\n"
     "genkd bench scaling --plot scaling.png --assume inter_host_gb_s=25 --assume step_s=0.2"
 )
 def bench(what: str, data: Path | None, workloads: tuple[str, ...], tune: bool, batches: int | None,
           preset: str | None, target: str | None, assume: tuple[str, ...], plot: Path | None, out: Path | None,
           repeats: int, as_json: bool) -> None:  # fmt: skip
     """Measure side by side in one run: the loader against other loaders, sharding, training steps, fused kernels, and
-    soft-NMS and mAP of detections; or predict training on many GPUs, and check the model with two ranks.
+    soft-NMS, mAP and windows of detection; or predict training on many GPUs, and check the model with two ranks.
 
     With --tune: look for the loader's fastest settings on this machine, for `genkd train`.
     """

@@ -25,10 +25,10 @@ def run_benchmark(
     """Runs the benchmark `what`: "loader", "shard", "train", "kernels", "detect" or "scaling"; data: None measures on
     synthetic videos, and for "detect" on a synthetic ground truth.
 
-    workloads: of the loader benchmark, or texts in the names of the kernels' cases, of the contenders in training or of
-    scaling's cases; none are the default ones. tune: look for the loader's fastest settings instead. batches: timed
-    ones of training. preset, target, assume, plot: see scaling.run. Raises UserError where another benchmark has none
-    of these.
+    workloads: of the loader benchmark, or texts in the names of detection's workloads, of the kernels' cases, of the
+    contenders in training or of scaling's cases; none are the default ones. tune: look for the loader's fastest
+    settings instead. batches: timed ones of training. preset, target, assume, plot: see scaling.run. Raises UserError where
+    another benchmark has none of these.
     """
     # Here and not above: a process that measures one thing should not hold the packages of the others.
     from . import detect, kernels, loader, loader_tune, scaling, shard, train
@@ -39,7 +39,7 @@ def run_benchmark(
         return loader_tune.run(data, repeats, *workloads)
     if what == "loader":
         return loader.run(data, repeats, workloads)
-    if tune or (workloads and what not in ("train", "kernels", "scaling")):
+    if tune or (workloads and what not in ("train", "kernels", "detect", "scaling")):
         raise UserError(f"genkd bench {what} has no --{'tune' if tune else 'workload'}; `genkd bench loader` has")
     if batches and what not in ("train", "scaling"):
         raise UserError(f"--batches is for `genkd bench train` and `scaling`; `genkd bench {what}` has none")
@@ -56,4 +56,6 @@ def run_benchmark(
         if data is not None:
             raise UserError("genkd bench kernels measures on random tensors; it takes no --data")
         return kernels.run(repeats, names=workloads)
-    return {"shard": shard.run, "detect": detect.run}[what](data, repeats)
+    if what == "detect":
+        return detect.run(data, repeats, workloads)
+    return shard.run(data, repeats)

@@ -1,7 +1,7 @@
-"""Temporal detection beside the original implementation's algorithms: soft-NMS, and mean average precision.
+"""Temporal detection beside the original implementation: soft-NMS, mean average precision, and its loops over windows.
 
-Both contenders of a workload get the same values in memory and must come to the same result, or there is none. Each
-runs in this process, on one core.
+Contenders of soft-NMS and mAP get the same values in memory and must come to the same result, or there is none. Each
+runs in this process, on one core. The workloads inference and training are in detect_windows.py.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..errors import UserError
 from ..evaluation.detection import mean_average_precision
 from ..evaluation.ground_truth import read_ground_truth
 from ..evaluation.soft_nms import soft_nms_classes
 from ..evaluation.tious import THUMOS14
 from ..files import read_json
-from . import detect_reference
-from .common import compare
+from . import detect_reference, detect_windows
+from .common import compare, named
 
 log = logging.getLogger(__name__)
 
@@ -33,43 +34,72 @@ SUBSET = "test"
 SECONDS = 0.3  # of a turn at the least, as a single call of some milliseconds says little
 # Of softnms_v2 by default, and of the original's test on THUMOS14: sigma, top_k, score threshold.
 SETTINGS = {"sigma 0.5": (0.5, 1000, 0.001), "sigma 0.1": (0.1, 5000, 0.001)}
-GOALS = {"soft-NMS": 100.0, "mAP": 20.0}
+WORKLOADS = ("soft-nms", "map", "inference", "training")
+GOALS = {"soft-NMS": 100.0, "mAP": 20.0, "inference": 3.0}
 
 
 def run(
-    data: Path | None, repeats: int, *, classes: int = 20, segments: int = 2000, predictions: int = 200_000
-) -> dict[str, Any]:
-    """Measures soft-NMS of so many segments of each class, and mAP of so many predictions.
+    data: Path | None, repeats: int, names: Sequence[str] = (), *, classes: int = 20, segments: int = 2000,
+    predictions: int = 200_000, size: detect_windows.Size | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Measures soft-NMS of so many segments of each class, mAP of so many predictions, and windows a second.
 
     data: a ground-truth JSON file with the subset `test`, such as THUMOS14's; None generates one of its size.
+    names: texts in the names of WORKLOADS; none for all. size: of detect_windows; None for this machine's.
     The original's mAP takes a millisecond a prediction, so three minutes of every turn are its.
-    Raises UserError for a file that is none.
+    Raises UserError for a file that is none, and for a text in no name.
     """
-    truth = read_json(data) if data else synthetic_truth()
-    read_ground_truth(data or truth, SUBSET)
-    about: dict[str, Any] = {
-        "classes": classes, "segments": segments, "predictions": predictions,
-        "ground_truth": data.name if data else "synthetic", "threads": 1, "skipped": {},
-    }  # fmt: skip
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        results = _soft_nms(classes, segments, repeats, about)
-        results |= _map(truth, predictions, repeats, about)
-    finally:
-        torch.set_num_threads(threads)
+    chosen = named(WORKLOADS, names, "workload")
+    if data and "map" not in chosen:
+        raise UserError(f"--data {data} is the ground truth of the workload map, which --workload leaves out")
+    about: dict[str, Any] = {"skipped": {}}
+    results: dict[str, dict[str, Any]] = {}
+    if "soft-nms" in chosen or "map" in chosen:
+        results |= _algorithms(data, repeats, chosen, (classes, segments, predictions), about)
+    if "inference" in chosen or "training" in chosen:
+        with detect_windows.setting(size) as place:
+            for name, measure in (("inference", detect_windows.inference), ("training", detect_windows.training)):
+                if name in chosen:
+                    log.info("%s", name)
+                    results[name] = measure(place, repeats)
+                    about[name] = results[name]["about"]
     result = next(iter(results.values()))
+    result["about"] = about
     result["rows"] = [
         {"workload": name, "unit": found["unit"], **row} for name, found in results.items() for row in found["rows"]
     ]
     result["targets"] = [
-        {"name": f"{row['workload']} beside the original algorithm", "measured": row["ratio"], "at_least": goal,
-         "at_most": None, "met": row["ratio"] >= goal}
+        {"name": row["workload"] + (" beside the original's loop" if row["workload"] in WORKLOADS else
+                                    " beside the original algorithm"),
+         "measured": row["ratio"], "at_least": goal, "at_most": None, "met": row["ratio"] >= goal}
         for row in result["rows"]
         for start, goal in GOALS.items()
         if row["name"] == GENKD and row["workload"].startswith(start) and len(results[row["workload"]]["rows"]) > 1
     ]  # fmt: skip
     return result
+
+
+def _algorithms(
+    data: Path | None, repeats: int, chosen: Sequence[str], sizes: tuple[int, int, int], about: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    classes, segments, predictions = sizes
+    about["threads"] = 1
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        results: dict[str, dict[str, Any]] = {}
+        if "map" in chosen:
+            truth = read_json(data) if data else synthetic_truth()
+            read_ground_truth(data or truth, SUBSET)
+            about |= {"predictions": predictions, "ground_truth": data.name if data else "synthetic"}
+        if "soft-nms" in chosen:
+            about |= {"classes": classes, "segments": segments}
+            results |= _soft_nms(classes, segments, repeats, about)
+        if "map" in chosen:
+            results |= _map(truth, predictions, repeats, about)
+    finally:
+        torch.set_num_threads(threads)
+    return results
 
 
 def _soft_nms(classes: int, segments: int, repeats: int, about: dict[str, Any]) -> dict[str, dict[str, Any]]:

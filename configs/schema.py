@@ -154,11 +154,13 @@ class LossConfig(_Frozen):
 class OptimizerConfig(_Frozen):
     """One optimizer and its schedule."""
 
-    name: Literal["sgd", "adamw"] = "sgd"
+    name: Literal["sgd", "adam", "adamw"] = Field(
+        "sgd", description="sgd and adam have their weight decay in the gradient, adamw beside it"
+    )
     backend: Literal["torch", "apex"] = Field("torch", description="apex: NVIDIA's FusedSGD and FusedAdam")
     lr: Annotated[float, Field(gt=0)] = 0.01
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="sgd only")
-    betas: _Floats = Field((0.9, 0.999), description="adamw only")
+    betas: _Floats = Field((0.9, 0.999), description="adam and adamw only")
     weight_decay: _NonNegative = 1e-4
     schedule: Literal["constant", "cosine"] = "cosine"
     warmup_epochs: _NonNegative = 0.0

@@ -118,6 +118,17 @@ def score(
     return [Found(*values) for values in zip(rows, offsets, *arrays, strict=False)]
 
 
+def candidates(entries: Sequence[Found], fps: float, length: int, threshold: float) -> list[np.ndarray]:
+    """What a video's windows have above the threshold: of each class start, end in seconds and score, (n,3) float32.
+
+    length: the video's, in frames, which no segment exceeds.
+    """
+    segments = np.concatenate([np.minimum(e.segments + e.offset, np.float64(length)) for e in entries]) / fps
+    scores = np.concatenate([e.scores for e in entries])
+    kept = (scores > threshold) & (segments[:, 1] > segments[:, 0])[:, None]
+    return [np.column_stack([segments[own], scores[own, place]]).astype(np.float32) for place, own in enumerate(kept.T)]
+
+
 def actions(found: list[Found], dataset: Dataset, decoding: Decoding = Decoding()) -> dict[str, list[dict[str, Any]]]:
     """Actions of each video by key, as actions_of() gives them."""
     by_video: dict[int, list[Found]] = {}
@@ -140,12 +151,8 @@ def actions_of(
     classes: with the background first. A class at a time, anchors above the threshold go through Gaussian soft-NMS;
     segments end with the video.
     """
-    segments = np.concatenate([np.minimum(e.segments + e.offset, np.float64(num_frames)) for e in entries]) / fps
-    scores = np.concatenate([e.scores for e in entries])
     found: list[dict[str, Any]] = []
-    for place, name in enumerate(classes[1:]):
-        kept = (scores[:, place] > decoding.threshold) & (segments[:, 1] > segments[:, 0])
-        rows = np.column_stack([segments[kept], scores[kept, place]]).astype(np.float32)
+    for name, rows in zip(classes[1:], candidates(entries, fps, num_frames, decoding.threshold), strict=True):
         left = soft_nms(rows, decoding.sigma, decoding.top_k, decoding.floor, compat=decoding.compat)
         found += [
             {"label": name, "score": float(score), "segment": [float(start), float(end)]}

@@ -13,7 +13,11 @@ from ..errors import UserError
 
 
 def build(config: OptimizerConfig, module: nn.Module, device: torch.device) -> torch.optim.Optimizer:
-    """The optimizer of one module; biases and norm weights get no weight decay."""
+    """The optimizer of one module; biases and norm weights get no weight decay.
+
+    adam has its decay in the gradient, as L2 regularization; adamw takes it off the weights beside the step (Loshchilov
+    and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019).
+    """
     decayed = [p for p in module.parameters() if p.requires_grad and p.ndim > 1]
     plain = [p for p in module.parameters() if p.requires_grad and p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -22,11 +26,12 @@ def build(config: OptimizerConfig, module: nn.Module, device: torch.device) -> t
         apex = _apex_optimizers()
         if config.name == "sgd":
             return apex.FusedSGD(groups, lr=config.lr, momentum=config.momentum)
-        return apex.FusedAdam(groups, lr=config.lr, betas=config.betas, adam_w_mode=True)
+        return apex.FusedAdam(groups, lr=config.lr, betas=config.betas, adam_w_mode=config.name == "adamw")
     fused = True if device.type == "cuda" else None
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=fused)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), fused=fused)
+    adam = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
+    return adam(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), fused=fused)
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps_per_epoch: int, total_steps: int) -> float:

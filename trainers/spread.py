@@ -44,8 +44,8 @@ class StepTimes:
 
     What this does not see: the counts that detectors add up in their forward passes, where the others wait for a
     straggler too, so that its share looks smaller than it is; a rank that is slow in backward passes alone, a slow link
-    between ranks (the steps of all grow, nobody's own time does), and evaluations, checkpoints and log lines, which come
-    between steps.
+    between ranks (the steps of all grow, nobody's own time does), and evaluations, checkpoints and log lines, which
+    come between steps.
     """
 
     def __init__(self, place: Ranks, active: bool):

@@ -18,12 +18,13 @@ def short_turns(monkeypatch):
     monkeypatch.setattr(detect, "SECONDS", 0.01)
 
 
+ALGORITHMS = ("soft-nms", "map")
 WORKLOADS = ["soft-NMS, sigma 0.5", "soft-NMS, sigma 0.1", "mAP"]
 
 
 @needs_pandas
 def test_every_workload_is_measured_beside_the_original(capsys):
-    result = detect.run(None, 1, classes=2, segments=60, predictions=150)
+    result = detect.run(None, 1, ALGORITHMS, classes=2, segments=60, predictions=150)
     names = [(row["workload"], row["name"]) for row in result["rows"]]
     assert names == [(name, label) for name in WORKLOADS for label in (detect.ORIGINAL, detect.GENKD)]
     for row in result["rows"]:
@@ -39,7 +40,7 @@ def test_every_workload_is_measured_beside_the_original(capsys):
 
 def test_without_pandas_the_original_is_left_out_and_said(monkeypatch):
     monkeypatch.setattr(detect.importlib.util, "find_spec", lambda name: None)
-    result = detect.run(None, 1, classes=1, segments=60, predictions=50)
+    result = detect.run(None, 1, ALGORITHMS, classes=1, segments=60, predictions=50)
     assert [row["name"] for row in result["rows"] if row["workload"] == "mAP"] == [detect.GENKD]
     assert result["about"]["skipped"] == {"mAP, original algorithm": "needs pandas, which is not installed"}
     assert [target["name"].split(" beside")[0] for target in result["targets"]] == WORKLOADS[:2]
@@ -48,7 +49,7 @@ def test_without_pandas_the_original_is_left_out_and_said(monkeypatch):
 def test_other_results_are_no_comparison(monkeypatch):
     monkeypatch.setattr(detect_reference, "soft_nms", lambda segments, *settings: segments[:3])
     with pytest.raises(AssertionError):
-        detect.run(None, 1, classes=1, segments=60, predictions=50)
+        detect.run(None, 1, ["soft-nms"], classes=1, segments=60)
 
 
 @needs_pandas
@@ -82,14 +83,21 @@ def test_data_is_a_ground_truth(tmp_path):
     (tmp_path / "truth.json").write_text('{"database": {"a": {"subset": "train", "annotations": []}}}')
     with pytest.raises(UserError, match=r"truth\.json: there is no subset 'test'"):
         detect.run(tmp_path / "truth.json", 1)
+    with pytest.raises(UserError, match="is the ground truth of the workload map, which --workload leaves out"):
+        detect.run(tmp_path / "truth.json", 1, ["training"])
 
 
 @needs_pandas
 def test_command_line(monkeypatch, tmp_path):
     run = detect.run
-    monkeypatch.setattr(detect, "run", lambda data, repeats: run(data, repeats, classes=1, segments=40, predictions=20))
+    small = {"classes": 1, "segments": 40, "predictions": 20}
+    monkeypatch.setattr(detect, "run", lambda data, repeats, names: run(data, repeats, names or ALGORITHMS, **small))
     done = CliRunner().invoke(main, ["bench", "detect", "--repeats", "1", "--out", str(tmp_path / "result.json")])
     assert done.exit_code == 0 and "targets" in done.output
     assert len(json.loads((tmp_path / "result.json").read_text())["rows"]) == 6
+    done = CliRunner().invoke(main, ["bench", "detect", "--repeats", "1", "--workload", "soft", "--json"])
+    assert done.exit_code == 0 and len(json.loads(done.stdout)["rows"]) == 4
+    done = CliRunner().invoke(main, ["bench", "detect", "--workload", "speed"])
+    assert done.exit_code == 1 and "there are soft-nms, map, inference, training" in done.output
     done = CliRunner().invoke(main, ["bench", "detect", "--tune"])
-    assert done.exit_code == 1 and "`genkd bench detect` has none" in done.output
+    assert done.exit_code == 1 and "genkd bench detect has no --tune" in done.output
