@@ -27,8 +27,8 @@ def run_benchmark(
 
     workloads: of the loader benchmark, or texts in the names of detection's workloads, of the kernels' cases, of the
     contenders in training or of scaling's cases; none are the default ones. tune: look for the loader's fastest
-    settings instead. batches: timed ones of training. preset, target, assume, plot: see scaling.run. Raises UserError where
-    another benchmark has none of these.
+    settings instead. batches: timed ones of training. preset, target, assume, plot: see scaling.run. Raises UserError
+    where another benchmark has none of these.
     """
     # Here and not above: a process that measures one thing should not hold the packages of the others.
     from . import detect, kernels, loader, loader_tune, scaling, shard, train
