@@ -9,8 +9,8 @@ from genkd.trainers import metrics, spread
 from genkd.trainers.distributed import Ranks
 from genkd.trainers.spread import Row, StepTimes
 
-# Rank 1 waits for its data in step 6, rank 0 has a slow forward pass in step 9; each is the last of its epoch. In step 3
-# DDP agrees on its buckets for good, in the forward pass.
+# Rank 1 waits for its data in step 6, rank 0 has a slow forward pass in step 9; each is the last of its epoch. In step
+# 3 DDP agrees on its buckets for good, in the forward pass.
 SLOWED = """
 import os
 import time
