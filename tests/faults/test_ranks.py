@@ -41,7 +41,11 @@ def test_a_rank_killed_in_mid_step_costs_nothing_but_time(runs, undisturbed):
     ("fault", "words"),
     [
         ("time.sleep(1000)", ["it waits for rank 1 on HOST, which still waits for its data (step 3)"]),
-        ("os.kill(os.getpid(), signal.SIGSTOP)", ["nothing is heard of rank 1 on HOST, which last"]),
+        pytest.param(
+            "os.kill(os.getpid(), signal.SIGSTOP)",
+            ["nothing is heard of rank 1 on HOST, which last"],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["asleep", "stopped"],
 )
@@ -98,6 +102,7 @@ def test_gradients_add_up_to_those_of_a_whole_batch(runs, undisturbed):
         assert_same(undisturbed.folder / "run", runs.folder / f"run{ranks}", 1e-5)
 
 
+@pytest.mark.slow
 def test_reduced_in_bf16_they_stay_close(runs, undisturbed):
     runs.run("run", "ranks.compression=bf16")
     np.testing.assert_allclose(runs.losses("run"), undisturbed.losses("run"), rtol=2e-2)
@@ -119,6 +124,7 @@ def test_other_ranks_that_never_come(runs):
     assert not (runs.folder / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_shard_that_vanishes_is_named_and_the_run_goes_on_when_it_is_back(runs, undisturbed, tmp_path):
     import shutil
 
