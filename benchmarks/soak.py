@@ -50,6 +50,7 @@ optimizer: {name: adamw, lr: 0.001}
 """
 TIMEOUT = 20.0  # ranks.timeout_s
 LOOK = 2.0  # seconds from one look at the processes to the next
+WARM = 20.0  # seconds that a rank takes to have loaded and begun everything
 
 
 class Sample(NamedTuple):
@@ -134,12 +135,14 @@ class Run:
         self.process.wait()
 
     def growth(self) -> dict[str, float]:
-        """Of the rank that lived longest: the last fifth of its samples over those of its second fifth."""
-        longest = max(self.samples.values(), key=len, default=[])
+        """Of the rank that lived longest, once it had warmed up: the last fifth of its samples over the first; nothing
+        where no rank lived long enough to tell."""
+        warm = [[sample for sample in own if sample.seconds >= WARM] for own in self.samples.values()]
+        longest = max(warm, key=len, default=[])
         fifth = len(longest) // 5
         if not fifth:
             return {}
-        early, late = longest[fifth : 2 * fifth], longest[-fifth:]
+        early, late = longest[:fifth], longest[-fifth:]
         return {
             name: round(float(np.median([getattr(s, name) for s in late]) /
                               np.median([getattr(s, name) for s in early])), 3)
