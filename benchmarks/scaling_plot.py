@@ -74,7 +74,7 @@ def _mark(axes: Any, rows: list[dict[str, Any]]) -> None:
         if row["limit"] != before:
             right = number > len(rows) / 2  # where the text would leave the picture
             axes.annotate(
-                f"{row['limit']} limits", (row["gpus"], row["clips_per_s"]), xytext=(6, -18),
+                f"{row['limit']} limits", (row["gpus"], row["clips_per_s"]), xytext=(0, -36) if right else (6, -18),
                 textcoords="offset points", ha="right" if right else "left", color="#20262b", fontsize=9,
             )  # fmt: skip
         before = row["limit"]

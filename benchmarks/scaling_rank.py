@@ -3,7 +3,7 @@
 mode "step": seconds of a step on random clips, and of its parts; "train": of steps fed by the loader; "loader":
 processor time and bytes of a clip; "all_reduce": of two ranks, by size. Seconds are told by two clocks: CLOCKS[0], the
 wall's, and CLOCKS[1], the processor time of all threads of the process. On a core of its own, where nothing overlaps,
-both tell the same but for waiting; the second is not disturbed by what else the machine does.
+both tell the same but for waiting; what else the machine does disturbs the second less.
 """
 
 from __future__ import annotations
