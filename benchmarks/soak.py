@@ -134,6 +134,15 @@ class Run:
                 os.kill(number, signal.SIGKILL)
         self.process.wait()
 
+    def says(self, words: bytes, before: int, limit: float = 120.0) -> bool:
+        """Waits until the log says so behind its first `before` bytes; whether it does within `limit` seconds."""
+        deadline = time.monotonic() + limit
+        while time.monotonic() < deadline:
+            if words in self.log.read_bytes()[before:]:
+                return True
+            time.sleep(0.5)
+        return False
+
     def growth(self) -> dict[str, float]:
         """Of the rank that lived longest, once it had warmed up: the last fifth of its samples over the first; nothing
         where no rank lived long enough to tell."""
@@ -158,23 +167,28 @@ def read(path: Path) -> Iterator[list[Any]]:
                 yield json.loads(line)
 
 
-def kill_a_rank(run: Run, chance: random.Random) -> None:
-    """One rank by SIGKILL; torchrun starts all again."""
+def kill_a_rank(run: Run, chance: random.Random) -> bool | None:
+    """One rank by SIGKILL; torchrun starts all again. Like all faults it returns whether what should be said was said,
+    or nothing where nothing should be."""
     os.kill(chance.choice(run.rank_processes()), signal.SIGKILL)
+    return None
 
 
-def preempt(run: Run, chance: random.Random) -> None:
+def preempt(run: Run, chance: random.Random) -> bool | None:
     """SIGTERM to every rank, as a scheduler gives it; they save and end."""
+    before = run.log.stat().st_size
     for number in run.rank_processes():
         os.kill(number, signal.SIGTERM)
+    return run.says(b"state saved", before)
 
 
-def cut_power(run: Run, chance: random.Random) -> None:
+def cut_power(run: Run, chance: random.Random) -> bool | None:
     """SIGKILL to torchrun and all ranks at once."""
     run.stop()
+    return None
 
 
-def damage(run: Run, chance: random.Random) -> None:
+def damage(run: Run, chance: random.Random) -> bool | None:
     """The same, and a part of the newest checkpoint is overwritten."""
     run.stop()
     newest = run.checkpoints[-1]
@@ -182,38 +196,38 @@ def damage(run: Run, chance: random.Random) -> None:
     at = chance.randrange(len(content) // 2)
     content[at : at + 64] = bytes(255 - byte for byte in content[at : at + 64])
     newest.write_bytes(content)
+    before = run.log.stat().st_size
+    run.start()
+    return run.says(b"is damaged", before)
 
 
-def hang(run: Run, chance: random.Random) -> None:
+def hang(run: Run, chance: random.Random) -> bool | None:
     """One rank stands still for longer than ranks.timeout_s; the others name it and all begin again."""
     number = chance.choice(run.rank_processes())
     os.kill(number, signal.SIGSTOP)
-    deadline = time.monotonic() + 4 * TIMEOUT
-    before = run.log.stat().st_size
-    while time.monotonic() < deadline and b"ranks.timeout_s" not in run.log.read_bytes()[before:]:
-        time.sleep(0.5)
+    named = run.says(b"nothing is heard of rank", run.log.stat().st_size, 4 * TIMEOUT)
     with suppress(ProcessLookupError):
         os.kill(number, signal.SIGCONT)
+    return named
 
 
-def hide_a_shard(run: Run, chance: random.Random) -> None:
+def hide_a_shard(run: Run, chance: random.Random) -> bool | None:
     """Power is cut, and a shard is away when the run is started again, which says so and ends."""
     run.stop()
     shard = chance.choice(sorted((run.data / "shards").glob("train-*.tar")))
     away = shard.with_suffix(".away")
     shard.rename(away)
     try:
+        before = run.log.stat().st_size
         run.start()
-        assert run.process is not None
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and str(shard.name).encode() not in run.log.read_bytes():
-            time.sleep(0.5)
+        named = run.says(shard.name.encode(), before)
         run.stop()
     finally:
         away.rename(shard)
+    return named
 
 
-FAULTS: tuple[Callable[[Run, random.Random], None], ...] = (
+FAULTS: tuple[Callable[[Run, random.Random], bool | None], ...] = (
     kill_a_rank, preempt, cut_power, hang, damage, hide_a_shard,
 )  # fmt: skip
 
@@ -248,11 +262,12 @@ def disturbed(run: Run, every: float, chance: random.Random, limit: float) -> li
         if time.monotonic() >= due and alive and not run.finished:
             fault = FAULTS[len(told) % len(FAULTS)]
             before, began, lines = run.steps, time.monotonic(), sum(1 for _ in read(run.record))
-            fault(run, chance)
+            said = fault(run, chance)
             click.echo(f"{time.strftime('%H:%M:%S')} {fault.__name__} at step {before + 1}", err=True)
             again = _first_step_after(run, lines, deadline)
             told.append(
-                {"fault": fault.__name__, "step": before, "steps_repeated": max(0, before + 1 - again),
+                {"fault": fault.__name__, "told": said is not False, "step": before,
+                 "steps_repeated": max(0, before + 1 - again),
                  "seconds": round(time.monotonic() - began, 1)}
             )  # fmt: skip
             due = time.monotonic() + every
@@ -315,9 +330,15 @@ def soak(out: Path, *, minutes: float, every: float, ranks: int, seed: int) -> d
     epochs = max(4, round(0.5 * 60 * minutes / an_epoch))
     click.echo(f"{epochs} epochs of {len(rows)} videos; one takes {an_epoch:.1f} s", err=True)
     alone, other = (Run(out, name, out / "data", epochs, ranks) for name in ("undisturbed", "disturbed"))
-    seconds = undisturbed(alone)
-    began = time.monotonic()
-    faults = disturbed(other, every, random.Random(seed), 60 * (20 * minutes + 30))
+    try:
+        seconds = undisturbed(alone)
+        began = time.monotonic()
+        faults = disturbed(other, every, random.Random(seed), 60 * (20 * minutes + 30))
+        assert other.process is not None
+        other.process.wait(60)
+    finally:
+        for run in (alone, other):
+            run.stop()
     leftovers = [str(path.relative_to(out)) for path in out.rglob("*.tmp*")]
     result: dict[str, Any] = {
         "benchmark": "soak", "machine": machine(), "versions": versions(),
@@ -338,7 +359,8 @@ def soak(out: Path, *, minutes: float, every: float, ranks: int, seed: int) -> d
     }  # fmt: skip
     growth = [value for values in result["growth"].values() for value in values.values()]
     result["passed"] = (
-        not any(result["samples"].values())
+        not any((*result["samples"].values(), *result["samples_undisturbed"].values()))
+        and all(entry["told"] for entry in faults)
         and result["largest_difference_of_weights"] == 0
         and not leftovers
         and all(value <= 1.1 for value in growth)

@@ -282,7 +282,12 @@ class TrainConfig(_Frozen):
             raise ValueError("cuda_graphs=true replays what torch.compile made: set compile=default or max-autotune")
         if self.micro_batch and (self.detects or self.compat == "reference"):
             what = "a detector's losses count the actions" if self.detects else "compat=reference's losses add up"
-            raise ValueError(f"micro_batch: {what} of a whole batch, which cannot be taken in parts")
+            raise ValueError(f"micro_batch: {what} of a whole batch; set micro_batch=0, and batch_size to what fits")
+        if self.micro_batch and self.ranks.sync_bn:
+            raise ValueError(
+                "micro_batch and ranks.sync_bn: ranks with other numbers of parts would wait for each other; set one of "
+                "them only, or model.freeze_bn=always"
+            )
         if self.teacher and not self.distills:
             raise ValueError(f"teacher= is for the distill phases; {self.phase} starts from init=")
         if self.detects and self.distill.method in ("logits", "features", "attention-transfer"):

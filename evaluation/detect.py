@@ -90,6 +90,7 @@ def windows(
         on_batch(batch.count)
     for model, training in zip(models, modes, strict=True):
         model.train(training)
+    place.waits("waits for the others' windows")
     every = sorted((entry for part in place.gather(found) for entry in part), key=lambda entry: entry[:2])
     for entry in every:
         if not np.isfinite(entry.scores).all():
@@ -184,10 +185,13 @@ def ground_truth(dataset: Dataset, split: str) -> dict[str, Any]:
 
 
 def evaluate(
-    model: nn.Module, loader: Loader, place: Ranks, split: str, dtype: torch.dtype = torch.float32
-) -> dict[str, float]:
+    model: nn.Module, loader: Loader, place: Ranks, split: str, dtype: torch.dtype = torch.float32,
+    on_batch: Callable[[int], None] = lambda count: None,
+) -> dict[str, float]:  # fmt: skip
     """mAP of a detector on an evaluation loader's split: "map", the mean over tIoU 0.1 to 0.5, and "map_0.5"."""
-    found = actions(windows([model], loader, place, dtype), loader.dataset, decoding_for(is_flow(loader.dataset)))
+    found = actions(
+        windows([model], loader, place, dtype, on_batch), loader.dataset, decoding_for(is_flow(loader.dataset))
+    )
     result = mean_average_precision(ground_truth(loader.dataset, split), {"results": found}, TIOUS, split)
     return {"map": float(np.mean(result.map)), "map_0.5": float(result.map[-1])}
 

@@ -90,6 +90,7 @@ def evaluate(
                 logits.index_add_(0, where, own)
             on_batch(batch.count)
     model.train(training)
+    place.waits("waits for the others' scores")
     views = loader.views[0] * loader.views[1]
     data, rows = loader.dataset, loader.rows
     result = score(rows, (place.sum(sums) / views).cpu().numpy(), data.labels[rows], data.table["key"].take(rows))

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 
 from ..errors import UserError, explain_os_error
-from ..files import replacing, sha256_of, write_atomically
+from ..files import replacing
 
 log = logging.getLogger(__name__)
+
+_MARK = b"\ngenkd sha256 "  # then 32 bytes, of all that is before
 
 
 class Writer:
@@ -71,7 +73,7 @@ class _Hashing:
 
 
 def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Writes step-N.pt so that it is whole or absent, its digest beside it, and removes all but the `keep` newest.
+    """Writes step-N.pt so that it is whole or absent, and removes all but the `keep` newest.
 
     Raises UserError when the disk is full; what was there before stays.
     """
@@ -81,11 +83,8 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
         with replacing(path) as temporary, open(temporary, "wb") as file:
             hashing: Any = _Hashing(file)
             torch.save(state, hashing)
-            # Before the checkpoint gets its name: without a digest it could not be told from a damaged one.
-            write_atomically(_digest_file(path), f"{hashing.digest.hexdigest()}\n".encode())
+            file.write(_MARK + hashing.digest.digest())  # behind the archive's end, where torch does not look
     except (OSError, RuntimeError) as error:
-        if not path.exists():
-            _digest_file(path).unlink(missing_ok=True)
         # torch's zip writer turns the system's error into a RuntimeError with the original one as its context.
         cause = error if isinstance(error, OSError) else error.__context__
         if isinstance(cause, OSError):
@@ -93,12 +92,18 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
         raise
     for _, old in _checkpoints(folder)[:-keep]:
         old.unlink()
-        _digest_file(old).unlink(missing_ok=True)
     return path
 
 
-def _digest_file(path: Path) -> Path:
-    return path.with_name(path.name + ".sha256")
+def _refuse_damaged(path: Path) -> None:
+    """Raises ValueError for a file whose content is not what its digest was made of."""
+    digest, size = hashlib.sha256(), path.stat().st_size - len(_MARK) - 32
+    with open(path, "rb") as file:
+        while size > 0 and (block := file.read(min(size, 1 << 20))):
+            digest.update(block)
+            size -= len(block)
+        if file.read() != _MARK + digest.digest():
+            raise ValueError("its content is not what was written")
 
 
 def set_aside(folder: Path, step: int) -> None:
@@ -122,10 +127,7 @@ def load_newest(folder: Path) -> dict[str, Any] | None:
     found = _checkpoints(folder)
     for _, path in reversed(found):
         try:
-            if _digest_file(path).is_file():  # older checkpoints have none
-                said = _digest_file(path).read_text(encoding="ascii", errors="replace").strip()
-                if sha256_of(path) != said:
-                    raise ValueError("its content is not what was written")
+            _refuse_damaged(path)
             return torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
             log.warning("checkpoint %s is damaged (%s); trying the one before it", path, repr(error)[:200])
@@ -133,6 +135,17 @@ def load_newest(folder: Path) -> dict[str, Any] | None:
     if found:
         raise UserError(f"no checkpoint in {folder} can be read; delete the run folder to begin again")
     return None
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The state of one checkpoint, on the CPU. Raises UserError if it cannot be read."""
+    try:
+        _refuse_damaged(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"checkpoint {path}, which the main rank continues from, cannot be read here: {error}"
+        ) from None
 
 
 def _checkpoints(folder: Path) -> list[tuple[int, Path]]:

@@ -22,7 +22,11 @@ from . import affinity, rendezvous
 from .watchdog import Watchdog
 
 # What PyTorch says in a rank whose peer is gone.
-_LOST = re.compile(r"connection (closed|reset|refused)|timed out|broken pipe|NCCL error|socket", re.IGNORECASE)
+_LOST = re.compile(
+    r"connection (was likely )?(closed|reset|refused)|pair closure|timed out waiting|broken pipe|failed to recv"
+    r"|NCCL (error|communicator was aborted)",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,8 @@ class Ranks:
                 problem = str(error)
             except OSError as error:
                 problem = explain_os_error(error, "writing")
+        else:
+            self.waits("waits for the main rank")
         if self.world_size > 1:
             problem = self.gather(problem)[0]
         if problem is not None:
@@ -102,14 +108,29 @@ class Ranks:
                 dist.broadcast(buffer, 0)
 
     def progress(self, doing: str, step: int, order: int) -> None:
-        """Tells the watchdog what this rank goes on with; order: of the things in a step, below 8."""
+        """Tells the watchdog what this rank goes on with; order: of the things between step and the next, below 10."""
         if self.watchdog:
-            self.watchdog.progress(f"{doing} (step {step + 1})", 8 * step + order)
+            self.watchdog.progress(f"{doing} (step {step + 1})", 10 * step + order)
+
+    def waits(self, doing: str) -> None:
+        """Tells the watchdog that this rank has done its part where it is, and waits for others."""
+        if self.watchdog:
+            self.watchdog.waits(doing)
 
     def alive(self) -> None:
         """Tells the watchdog that this rank is not stuck, in a part whose length is a rank's own."""
         if self.watchdog:
             self.watchdog.alive()
+
+    def patient(self, times: int) -> None:
+        """Has the watchdog wait so many times as long, as while networks are compiled."""
+        if self.watchdog:
+            self.watchdog.patience = times
+
+    def ended(self) -> None:
+        """Tells the watchdog that there is nothing left that ranks wait for."""
+        if self.watchdog:
+            self.watchdog.end()
 
 
 def _in_bf16(world_size, bucket):  # type: ignore[no-untyped-def]
@@ -176,7 +197,7 @@ def precision(wanted: str, device: torch.device) -> torch.dtype:
 
 
 def round_products(wanted: str) -> None:
-    """Lets GPUs round fp32 products to TF32, unless precision is "fp32" or an "auto" that comes to it."""
+    """Lets GPUs round fp32 products to TF32, unless precision is "fp32"; one that "auto" makes fp32 has no TF32."""
     exact = wanted == "fp32"
     torch.set_float32_matmul_precision("highest" if exact else "high")
     torch.backends.cudnn.allow_tf32 = not exact
@@ -215,7 +236,7 @@ def ranks(wanted_device: str, config: RanksConfig | None = None) -> Iterator[Ran
         try:
             yield place
         except RuntimeError as error:
-            if not _LOST.search(str(error)):
+            if not isinstance(error, dist.DistError) and not _LOST.search(str(error)):
                 raise
             reason = str(error).strip().splitlines()[0][:200]
             raise UserError(

@@ -106,27 +106,32 @@ class _Trainer:
         self.resume()
         with runs.stop_signals() as self.stop, self._metrics() as metrics:
             self.clock = Clock(self.step, self.total_steps)
+            self.place.patient(10 if config.compile != "off" else 1)
+            compiled = self.step + 3
             if self.unevaluated:
                 self.evaluate(metrics, self.unevaluated)
             while loader.epoch < config.epochs * config.passes and not self.selection.exhausted:
                 draw = loader.epoch
                 epoch = draw // config.passes + 1
                 self.phase.train()
-                self.place.progress("waits for its data", self.step, 0)
+                self.place.progress("waits for its data", self.step, 5)
                 for batch in self.observers.steps(loader, self.step):
                     self.stepper.take(batch, draw, self.step, self.meter)
                     self.step += 1
                     self.observers.done(self.step)
+                    if self.step == compiled:
+                        self.place.patient(1)
                     self._clips += batch.total
                     if self.step % config.log_every == 0 or loader.batch == 0:
                         self.log(metrics, epoch)
                     if number := self.agree(self.stop.number):
                         self.save(evaluated=epoch - 1)
                         self.place.on_main(self.writer.finish)
-                        raise Stopped(self._told(), runs.StopRequest.code(number))
+                        raise self._stopped(number)
                     if self.step % config.checkpoint_every == 0 or loader.batch == 0:
                         self.save(evaluated=epoch - 1)
-                    self.place.progress("waits for its data", self.step, 0)
+                    if loader.batch:
+                        self.place.progress("waits for its data", self.step, 5)
                 if (draw + 1) % config.passes == 0 and self._evaluates(epoch):
                     self.evaluate(metrics, epoch)
             return self.finish()
@@ -158,15 +163,14 @@ class _Trainer:
         model = self.stepper.results[self.phase.card.network]
         self.place.same_buffers(model)
         split = self.config.data.eval_split
-        self.place.progress("evaluates", self.step - 1, 6)
         self.place.on_main(self.writer.finish)  # an epoch's last step is safe before it is looked at
+        self.place.progress("evaluates", self.step, 2)
         try:
-            with self.stop.at_once(self._told()):
-                if self.config.detects:
-                    values = detect.evaluate(model, self.eval_loader, self.place, split, self.stepper.dtype)
-                else:
-                    result = recognition.evaluate(model, self.eval_loader, self.place, self.stepper.dtype)
-                    values = {"top1": result.top1, "top5": result.top5, "loss": result.loss}
+            if self.config.detects:
+                values = detect.evaluate(model, self.eval_loader, self.place, split, self.stepper.dtype, self._on_batch)
+            else:
+                result = recognition.evaluate(model, self.eval_loader, self.place, self.stepper.dtype, self._on_batch)
+                values = {"top1": result.top1, "top5": result.top5, "loss": result.loss}
         except NotFinite as problem:
             # The losses did not show it yet. The checkpoint of this step would only lead here again.
             self.place.on_main(lambda: checkpoint.set_aside(self.run / "checkpoints", self.step))
@@ -202,20 +206,29 @@ class _Trainer:
             "meters": meters,
             "evaluated": evaluated,
         }
-        self.place.progress("saves", self.step - 1, 5)
+        self.place.progress("saves", self.step, 3 if evaluated * self.config.passes == self.loader.epoch else 0)
         self.place.on_main(lambda: self.writer.save(self.step, state))
 
-    def _told(self) -> str:
-        return f"stopped at step {self.step} of {self.total_steps}, state saved"
+    def _on_batch(self, count: int) -> None:
+        """After each batch of an evaluation, of which all ranks have the same number: they stop together. What there is
+        to save has been saved before."""
+        self.place.alive()
+        if number := self.agree(self.stop.number):
+            raise self._stopped(number)
+
+    def _stopped(self, number: int) -> Stopped:
+        return Stopped(f"stopped at step {self.step} of {self.total_steps}, state saved", runs.exit_code(number))
 
     def resume(self) -> None:
         """Continues from the newest checkpoint, if there is one."""
         folder = self.run / "checkpoints"
         # The main rank puts damaged checkpoints aside, so that all ranks find the same newest one.
         self.place.on_main(lambda: checkpoint.load_newest(folder))
-        state = checkpoint.load_newest(folder)
-        if state is None:
+        newest = self.place.gather(checkpoint.newest(folder) if self.place.is_main else None)[0]
+        if newest is None:
             return
+        # By name: another host may still see an older folder.
+        state = checkpoint.load(newest)
         if state["index_digest"] != self.dataset.info["index_digest"]:
             raise UserError(
                 f"{self.dataset.storage} is not the data set that {self.run} was begun with; use another --out"
@@ -266,6 +279,7 @@ class _Trainer:
             write_json(self.run / "result.json", result)
 
         self.place.on_main(write)
+        self.place.ended()
         return result
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..configs import load as configs
 from ..configs.schema import TrainConfig
-from ..errors import Stopped, UserError
+from ..errors import UserError
 from ..files import locked, remove_leftovers, write_atomically
 
 # Keys that may change between a run and its resumption: they do not touch what is computed.
@@ -60,39 +60,21 @@ def adopt(lock: contextlib.ExitStack, run: Path, config: TrainConfig) -> None:
     write_atomically(run / "config.yaml", configs.dump(config).encode())
 
 
+def exit_code(number: int) -> int:
+    """What a process that a signal has stopped exits with."""
+    return 0 if number == signal.SIGTERM else 130
+
+
 class StopRequest:
-    """number: the signal that asks the loop to stop after its step; 0 for none."""
+    """number: the signal that asks this process to stop; 0 for none."""
 
     number = 0
-    _told = ""
-
-    @contextlib.contextmanager
-    def at_once(self, told: str) -> Iterator[None]:
-        """In the block, where nothing is lost by it, a signal stops the run there and then; told: what to say."""
-        if self.number:
-            raise self.stopped(told)
-        self._told = told
-        try:
-            yield
-        finally:
-            self._told = ""
-
-    @staticmethod
-    def code(number: int) -> int:
-        """What the process exits with."""
-        return 0 if number == signal.SIGTERM else 130
-
-    def stopped(self, told: str) -> Stopped:
-        """The exception that ends the run."""
-        return Stopped(told, self.code(self.number))
 
     def ask(self, number: int, frame: object) -> None:
         """The handler. A second Ctrl-C interrupts at once; SIGTERM may come twice, from a scheduler and torchrun."""
         if self.number and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.number = self.number or number
-        if self._told:
-            raise self.stopped(self._told)
 
 
 @contextlib.contextmanager

@@ -60,18 +60,22 @@ class StepTimes:
 
     def arrived(self) -> None:
         """The batch is there."""
-        self._spans["wait"].append((self._begun, self._now()))
+        self._add("wait", self._begun)
 
     @contextlib.contextmanager
     def shared(self) -> Iterator[None]:
         """Surrounds what the ranks do together: the backward passes."""
         begun = self._now()
         yield
-        self._spans["shared"].append((begun, self._now()))
+        self._add("shared", begun)
 
     def done(self) -> None:
         """The step's optimizers are through."""
-        self._spans["step"].append((self._begun, self._now()))
+        self._add("step", self._begun)
+
+    def _add(self, name: str, begun: Any) -> None:
+        if self._active:
+            self._spans[name].append((begun, self._now()))
 
     def gather(self) -> dict[str, Any]:
         """Collective: of the steps since the last call, {"step_s_min", "step_s_median", "step_s_max", the same of own_s

@@ -54,13 +54,14 @@ class Stepper:
         if config.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
         torch.manual_seed(_mix(config.seed, step, self.place.rank))  # dropout's; makes resuming exact
-        self.place.progress("computes", step, 1)
+        self.place.progress("computes", step, 6)
         if self.dtype == torch.float32:
             batch = dataclasses.replace(batch, clips=batch.clips.float())
         own = step - (draw - draw // passes) * self.steps_per_pass  # steps of a module's own, before this one
         only = None if passes == 1 else ("cvae", self.phase.card.network)[draw % passes]
-        parts = batch.split(config.micro_batch)
-        if len(parts) == 1:
+        # Shares differ by a clip at the most; the ranks go the same way, as DDP agrees on things in between.
+        share = -(-batch.total // self.place.world_size)
+        if not config.micro_batch or share <= config.micro_batch:
             stages = self.phase.stages(batch, self._turn(batch, draw, only))
             while (stage := self._next(stages)) is not None:
                 self._begin(stage.module, own)
@@ -68,6 +69,7 @@ class Stepper:
                 self._finish(stage.module, own)
                 meter.update(stage.module, stage.terms, batch.count, step)
         else:
+            parts = batch.split(config.micro_batch)
             for module in sorted(self.phase.modules, key=lambda name: name != "cvae") if only is None else (only,):
                 self._accumulate(module, parts, draw, own, step, meter)
         self.scaler.update()
@@ -110,7 +112,7 @@ class Stepper:
     def _backward(self, stage: Stage, batch: Batch, step: int) -> None:
         # Every clip of the global batch weighs the same however unevenly its ranks, and their parts, share it.
         weight = batch.count * self.place.world_size / batch.total
-        self.place.progress("adds up gradients with the others", step, 2 if stage.module == "cvae" else 3)
+        self.place.progress("adds up gradients with the others", step, 7 if stage.module == "cvae" else 8)
         with self.phase.part("cvae" if stage.module == "cvae" else "student"), self.shared():
             self.scaler.scale(stage.terms["total"] * weight).backward()
 

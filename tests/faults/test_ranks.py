@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -126,23 +127,64 @@ def test_other_ranks_that_never_come(runs):
 
 @pytest.mark.slow
 def test_a_shard_that_vanishes_is_named_and_the_run_goes_on_when_it_is_back(runs, undisturbed, tmp_path):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(runs.data.path, copy)
     gone = sorted((copy / "shards").glob("train-*.tar"))
+    # What has been opened can still be read, so the second epoch opens everything anew.
     vanish = f"""
 def before_step(rank, step, attempt):
-    for path in {[str(path) for path in gone]!r} if step == 0 else []:
-        os.path.exists(path) and os.unlink(path)
+    if step == 2:
+        for path in {[str(path) for path in gone]!r}:
+            os.unlink(path)
+        from genkd.pipelines.store import ClipStore
+        read, fresh = ClipStore.read, []
+        def reread(self, *arguments):
+            if self not in fresh:
+                self.__init__(self.dataset, None, 0)
+                fresh.append(self)
+            return read(self, *arguments)
+        ClipStore.read = reread
 """
     code, told = runs.run("run", f"data.dataset={copy}", fault=vanish, ranks=1, check=False)
-    if code:  # what had been opened before can still be read
-        assert "/shards/train-" in told and "Traceback" not in told.split("torch.distributed")[0]
-        for path in gone:
-            shutil.copyfile(runs.data.path / "shards" / path.name, path)
-        runs.run("run", f"data.dataset={copy}", ranks=1)
+    assert code != 0 and "/shards/train-" in told and "Traceback" not in told.split("torch.distributed")[0]
+    for path in gone:
+        shutil.copyfile(runs.data.path / "shards" / path.name, path)
+    runs.run("run", f"data.dataset={copy}", ranks=1)
     np.testing.assert_allclose(runs.losses("run"), undisturbed.losses("run"), rtol=1e-5)
+
+
+def test_a_rank_told_to_stop_in_an_evaluation_stops_all(runs, undisturbed):
+    told = """
+from genkd.evaluation import recognition
+evaluate = recognition.evaluate
+def stopping(model, loader, place, *arguments):
+    if place.rank == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return evaluate(model, loader, place, *arguments)
+if not os.path.exists(record):
+    recognition.evaluate = stopping
+"""
+    options = ("eval_every=1", "data.eval_split=test", "alternate=epoch", "ema=0.9", "grad_clip=1.0")
+    code, said = runs.run("run", *options, fault=told)
+    assert code == 0 and "stopped at step 6 of 18, state saved" in said and "lost another" not in said
+    runs.run("run", *options)
+    assert json.loads((runs.folder / "run" / "result.json").read_text())["steps"] == 18
+    runs.run("alone", *options, ranks=1)
+    one, two = (list(map(json.loads, (runs.folder / name / "metrics.jsonl").open())) for name in ("alone", "run"))
+    assert [line["kind"] for line in one] == [line["kind"] for line in two]
+    for a, b in zip(one, two, strict=True):
+        assert all(
+            b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-5) for key in a if "/" in key or key in ("top1", "loss")
+        )
+
+
+def test_uneven_shares_are_added_up_in_as_many_steps(runs):
+    """Seven clips of ten: four and three of them to a rank, in two parts each, then two and one, in one."""
+    options = ("batch_size=6", "micro_batch=2")
+    for ranks in (1, 2):
+        runs.run(f"run{ranks}", *options, ranks=ranks)
+        runs.assert_every_video_once(f"run{ranks}")
+    np.testing.assert_allclose(runs.losses("run2"), runs.losses("run1"), rtol=1e-4)
 
 
 def test_not_a_number_ends_every_rank(runs):
@@ -154,6 +196,7 @@ def before_step(rank, step, attempt):
         losses.weigh = lambda *arguments: {name: value * float("nan") for name, value in weigh(*arguments).items()}
 """
     code, told = runs.run("run", fault=broken, check=False)
-    assert code != 0 and "the run diverged at step 5: recognizer/" in told
+    assert code != 0 and told.count("Error: the run diverged at step 5: recognizer/") == 2
+    assert "lost another rank" not in told
     steps = [json.loads(line)["step"] for line in (runs.folder / "run" / "metrics.jsonl").open()]
     assert steps == [1, 2, 3, 4]

@@ -1,3 +1,4 @@
+import errno
 import threading
 
 import pytest
@@ -11,9 +12,7 @@ def test_the_newest_is_loaded_and_old_ones_go(tmp_path):
     assert checkpoint.load_newest(tmp_path) is None
     for step in (5, 100, 20, 1000):
         checkpoint.save(tmp_path, step, {"step": step, "x": torch.ones(3)}, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "step-00000100.pt", "step-00000100.pt.sha256", "step-00001000.pt", "step-00001000.pt.sha256"
-    ]  # fmt: skip
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000100.pt", "step-00001000.pt"]
     assert checkpoint.load_newest(tmp_path)["step"] == 1000
 
 
@@ -24,6 +23,8 @@ def test_the_newest_is_loaded_and_old_ones_go(tmp_path):
         lambda data: data[: len(data) // 2],
         lambda data: b"\0" * len(data),
         lambda data: data.replace(b"\0\0\x80\x3f", b"\0\0\x80\x40"),  # a bit of a weight
+        lambda data: data[:-1],
+        lambda data: data + b"x",
     ],
 )
 def test_a_damaged_newest_falls_back_with_a_warning(tmp_path, caplog, spoil):
@@ -43,7 +44,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path, caplog):
         def __reduce__(self):
             return (open, (str(tmp_path / "owned"), "w"))
 
-    torch.save({"step": Evil()}, tmp_path / "step-00000001.pt")
+    checkpoint.save(tmp_path, 1, {"step": Evil()}, keep=1)
     with pytest.raises(UserError, match="no checkpoint in"):
         checkpoint.load_newest(tmp_path)
     assert not (tmp_path / "owned").exists()
@@ -54,7 +55,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(small_disk):
     checkpoint.save(disk, 1, {"x": torch.zeros(1000)}, keep=2)
     with pytest.raises(UserError, match="no space left on the disk while writing checkpoint"):
         checkpoint.save(disk, 2, {"x": torch.zeros(1_000_000)}, keep=2)
-    assert sorted(path.name for path in disk.iterdir()) == ["step-00000001.pt", "step-00000001.pt.sha256"]
+    assert [path.name for path in disk.iterdir()] == ["step-00000001.pt"]
     assert checkpoint.load_newest(disk)["x"].shape == (1000,)
 
 
@@ -88,3 +89,22 @@ def test_a_writer_tells_of_a_full_disk_with_its_next_call(small_disk):
     with pytest.raises(UserError, match="no space left on the disk while writing checkpoint"):
         writer.save(2, {"x": torch.zeros(1)})
     writer.close()
+
+
+def test_a_step_saved_again_in_vain_leaves_what_was_there(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, 1, {"step": 1}, keep=1)
+
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("genkd.files.sync", full)
+    with pytest.raises(UserError, match="no space left"):
+        checkpoint.save(tmp_path, 1, {"step": 2}, keep=1)
+    assert checkpoint.load_newest(tmp_path)["step"] == 1
+
+
+def test_the_checkpoint_of_the_main_rank_or_a_sentence(tmp_path):
+    path = checkpoint.save(tmp_path, 1, {"step": 1}, keep=1)
+    assert checkpoint.load(path) == {"step": 1}
+    with pytest.raises(UserError, match="which the main rank continues from, cannot be read here"):
+        checkpoint.load(tmp_path / "step-00000002.pt")

@@ -105,7 +105,7 @@ def test_the_rank_behind_is_named_by_the_lowest_other_one(store, capsys):
         told.count("Error:") == 1
         and "rank 0 has waited 2 s while it computes (step 5): it waits for rank 1 on " in told
     )
-    assert "which still waits for its data (step 5) (ranks.timeout_s=1.6)" in told
+    assert "which still waits for its data (step 5) (ranks.timeout_s=1.6); raise ranks.timeout_s" in told
 
 
 def test_a_silent_rank_is_named(store, capsys):
@@ -115,7 +115,34 @@ def test_a_silent_rank_is_named(store, capsys):
 
 def test_where_all_stand_at_one_place_none_is_blamed(store, capsys):
     told = watched(store, capsys, [("computes (step 5)", 33)] * 3)
-    assert told.count("Error:") == 1 and "so have all others: the network between them may be down" in told
+    assert told.count("Error:") == 1 and "so have all others: look whether the network between them is down" in told
+
+
+def test_a_rank_that_is_slow_but_alive_is_waited_for(store, capsys):
+    left: list[int] = []
+    slow, quick = (Watchdog(store.clone(), rank, 2, 1.0, left.append) for rank in range(2))
+    with slow, quick:
+        slow.progress("evaluates", 1)
+        quick.progress("evaluates", 1)
+        quick.waits("waits for the others' scores")
+        for _ in range(30):
+            time.sleep(0.1)
+            slow.alive()
+    assert not left and not capsys.readouterr().err
+
+
+def test_who_has_ended_is_not_missed(store, capsys):
+    left: list[int] = []
+    ended, other = (Watchdog(store.clone(), rank, 2, 1.0, left.append) for rank in range(2))
+    with other:
+        with ended:
+            ended.progress("saves", 5)
+        other.progress("saves", 5)
+        deadline = time.monotonic() + 15
+        while not left and time.monotonic() < deadline:
+            time.sleep(0.1)
+    told = capsys.readouterr().err
+    assert left == [1] and "rank 1 has waited" in told and "nothing is heard" not in told
 
 
 def test_who_goes_on_is_left_alone(store, capsys):

@@ -86,6 +86,7 @@ class Phase:
             config.model.freeze_bn == "auto" and self.task == "detection" and bool(config.init)
         )
         self.nets = dict(self.modules)
+        self._synchronized: list[DistributedDataParallel] = []
         if config.init and not resumed:
             self._initialize(config.init)
 
@@ -113,6 +114,7 @@ class Phase:
         # A detector's spliced windows come and go; parts of a batch and compiled graphs have reductions of their own.
         static = self.task == "recognition" and not self.config.micro_batch and self.config.compile == "off"
         wrapped = {name: ranks.wrap(module, static=static) for name, module in self.modules.items()}
+        self._synchronized = [module for module in wrapped.values() if isinstance(module, DistributedDataParallel)]
         self.nets = {name: self._compiled(module) for name, module in wrapped.items()}
         if self.config.compile != "off":
             for module in self.frozen.values():
@@ -155,9 +157,8 @@ class Phase:
     def unsynchronized(self) -> contextlib.AbstractContextManager:
         """Gradients are added up here without being reduced over the ranks."""
         stack = contextlib.ExitStack()
-        for net in self.nets.values():
-            if isinstance(net, DistributedDataParallel):
-                stack.enter_context(net.no_sync())
+        for module in self._synchronized:
+            stack.enter_context(module.no_sync())
         return stack
 
     def stages(self, batch: Batch, turn: Turn) -> Iterator[Stage]:
