@@ -285,8 +285,8 @@ class TrainConfig(_Frozen):
             raise ValueError(f"micro_batch: {what} of a whole batch; set micro_batch=0, and batch_size to what fits")
         if self.micro_batch and self.ranks.sync_bn:
             raise ValueError(
-                "micro_batch and ranks.sync_bn: ranks with other numbers of parts would wait for each other; set one of "
-                "them only, or model.freeze_bn=always"
+                "micro_batch and ranks.sync_bn: ranks with other numbers of parts would wait for each other; set only "
+                "one of them, or model.freeze_bn=always"
             )
         if self.teacher and not self.distills:
             raise ValueError(f"teacher= is for the distill phases; {self.phase} starts from init=")

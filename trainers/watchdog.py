@@ -117,12 +117,14 @@ class Watchdog:
             rank for rank, (word, since) in self._heard.items()
             if now - since > 3 * self._period and word.place < _ENDED
         }  # fmt: skip
-        words = {rank: word for rank, (word, _) in self._heard.items() if rank not in silent}
+        words = {
+            rank: word for rank, (word, _) in self._heard.items() if rank not in silent and word.place < _ENDED
+        }  # fmt: skip
         if any(word.place <= self._place and word.idle < self._limit / 2 for word in words.values()):
             return False
         furthest = max((word.place for word in words.values()), default=0)
         blamed = sorted(silent or {rank for rank, word in words.items() if word.place < furthest})
-        speaker = min((rank for rank in range(self._world_size) if rank not in blamed), default=0)
+        speaker = min((rank for rank in words if rank not in blamed), default=self._rank)
         if self._rank != speaker:
             self._end.wait(min(1.0, self._limit / 4))  # the one who speaks must be heard before torchrun ends all
         if self._end.is_set() or self._since != since:
