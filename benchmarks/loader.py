@@ -44,7 +44,7 @@ from .loader_footprint import INDEX, MEMORY, measure_index, measure_memory
 from .peers import Entry
 from .process import Usage, run_measured
 
-GENKD, GENKD_PYAV = "genkd (auto)", "genkd (pyav)"
+GENKD, GENKD_PYAV, GENKD_DALI = "genkd (auto)", "genkd (pyav)", "genkd (dali)"
 ON_SHORT = ", 30-second videos"  # what such a row is called beside that of the long videos
 # Image files and numpy, as the original implementation; beside it, the same files with what the other peers do.
 JPEG = "DataLoader + JPEG frames, numpy"
@@ -175,8 +175,12 @@ def prepared(dataset: Dataset, job: Job) -> Iterator[Job]:
 
 def _genkd_entries(codec: str, job: Job) -> dict[str, Entry]:
     by_pyav = Entry("genkd", replace(job, config={**job.config, "decoder": "pyav"}))
-    dali_can = job.device == "cuda" or codec in _DALI_ON_CPU
-    return {GENKD: Entry("genkd", job), **({GENKD_PYAV: by_pyav} if dali_can else {})}
+    entries = {GENKD: Entry("genkd", job)}
+    if job.device == "cuda" or codec in _DALI_ON_CPU:
+        entries[GENKD_PYAV] = by_pyav
+    if job.device == "cuda":  # where auto depends on the frames' size
+        entries[GENKD_DALI] = Entry("genkd", replace(job, config={**job.config, "decoder": "dali"}))
+    return entries
 
 
 def _peer_entries(name: str, codec: str, job: Job, about: dict) -> dict[str, Entry]:

@@ -37,7 +37,7 @@ def test_of_each_group_the_clearly_fastest_is_kept_and_built_upon():
     [
         ("h264", "cpu", ["pyav"]),
         ("vp9", "cpu", ["pyav", "dali", "hybrid", "hybrid", "hybrid", "hybrid"]),
-        ("h264", "cuda", ["dali", "pyav", "hybrid", "hybrid", "hybrid", "hybrid"]),
+        ("h264", "cuda", ["pyav", "dali", "hybrid", "hybrid", "hybrid", "hybrid"]),
     ],
 )
 def test_what_is_tried_is_what_a_machine_can_do(shard_sets, codec, device, decoders):
