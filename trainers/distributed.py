@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import datetime
 import os
 import re
+import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -203,6 +206,15 @@ def round_products(wanted: str) -> None:
     torch.backends.cudnn.allow_tf32 = not exact
 
 
+def _end_with_torchrun() -> None:
+    """Has the system send this rank SIGTERM, on which it saves and ends, when the torchrun that started it dies."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it has died in between
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 def _number(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
     if not text.isdecimal():
@@ -224,6 +236,7 @@ def ranks(wanted_device: str, config: RanksConfig | None = None) -> Iterator[Ran
     if world_size == 1:
         yield Ranks(0, 1, device, config)
         return
+    _end_with_torchrun()
     # The watchdog speaks first: PyTorch's own time limit says neither who nor where.
     limit = datetime.timedelta(seconds=2 * config.timeout_s)
     store, control = rendezvous.join(device, limit)

@@ -94,6 +94,28 @@ def before_step(rank, step, attempt):
     assert_same(undisturbed.folder / "run", runs.folder / "run", 1e-5)
 
 
+def test_ranks_save_and_end_when_torchrun_is_killed(runs):
+    slow = """
+def before_step(rank, step, attempt):
+    with open(record + ".pids", "a") as file:
+        file.write(f"{os.getpid()}\\n")
+    time.sleep(0.5)
+"""
+    process = runs.start("run", "epochs=30", fault=slow)
+    pids = runs.folder / "run.jsonl.pids"
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline and (not pids.exists() or len(pids.read_text().split()) < 4):
+        time.sleep(0.1)
+    process.kill()
+    numbers = set(map(int, pids.read_text().split()))
+    assert len(numbers) == 2
+    while time.monotonic() < deadline and any(os.path.exists(f"/proc/{number}") for number in numbers):
+        time.sleep(0.1)
+    assert not any(os.path.exists(f"/proc/{number}") for number in numbers)
+    steps = len(list(map(json.loads, (runs.folder / "run" / "metrics.jsonl").open())))
+    assert 0 < steps < 60 and (runs.folder / "run" / "checkpoints" / f"step-{steps:08d}.pt").exists()
+
+
 def test_gradients_add_up_to_those_of_a_whole_batch(runs, undisturbed):
     """One rank that takes a clip at a time, and two that do."""
     for ranks in (1, 2):
