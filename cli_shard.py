@@ -16,7 +16,8 @@ from .errors import UserError
 _ENCODING = (
     click.option("--codec", default="h264", show_default=True, help="h264, hevc, vp9, mjpeg, or copy: sources that "
                  "already fit as they are, others as h264. DALI decodes vp9 and mjpeg on CPUs too."),
-    click.option("--short-side", type=int, help="Pixels; 0 keeps the source's size  [default: 256; copy: 0]"),
+    click.option("--short-side", type=int, help="Pixels; 0 keeps the source's size. If 128 or more and a "
+                 "multiple of 16, the long side is made one too, for NVDEC.  [default: 256; copy: 0]"),
     click.option("--size", metavar="WxH", help="Stretch to exactly this size instead, e.g. 112x112."),
     click.option("--fps", type=float, help="Frames a second  [default: the source's]"),
     click.option("--gop", type=int, help="Frames of a GOP, the unit in which clips are read; copy: the longest taken  "

@@ -282,16 +282,12 @@ def _in_mb(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _counted(found: dict[str, Any], shares: Mapping[str, float], source: str) -> model.Assumptions:
-    """Gradients, buffers and shares of the backward passes. Raises UserError for gradients that are not all fp32."""
+    """Gradients and shares of the backward passes. Raises UserError for gradients that are not all fp32."""
     if found["types"] != ["float32"]:
         raise UserError(f"gradients of {', '.join(found['types'])}: the model knows of float32")
     backward = {f"{name}_backward_share": shares.get(f"{name}_backward", 0.0) for name in model.MODULES}
     sizes = {f"{name}_gradient_mb": sum(found["gradients"].get(name, [])) / 1e6 for name in model.MODULES}
-    return (
-        model.Assumptions(buffer_mb=found["buffer_bytes"] / 1e6)
-        .but(source, **backward)
-        .but("counted from the parameters", **sizes)
-    )
+    return model.Assumptions().but(source, **backward).but("counted from the parameters", **sizes)
 
 
 def _here(

@@ -49,7 +49,6 @@ class Assumptions:
     cvae_gradient_mb: float = _of(0, "MB, as fp32", "counted from the parameters")
     recognizer_gradient_mb: float = _of(0, "MB, as fp32", "counted from the parameters")
     gradient_bytes: float = _of(4, "bytes each", "DDP reduces in the parameters' type, fp32", above=True, high=8)
-    buffer_mb: float = _of(0, "MB", "counted: batch norm's, broadcast before a forward pass")
     first_bucket_mib: float = _of(1, "MiB", "DDP's default", above=True)
     bucket_mib: float = _of(25, "MiB", "DDP's default", above=True)
     overlap: float = _of(1, "of backward", "stated: how much of it exchange may hide under", high=1)
@@ -146,7 +145,7 @@ def predict(a: Assumptions, gradients: Mapping[str, Sequence[float]], gpus: int)
 
     The limit is what caps the rate or, where nothing does, what most of the step is spent on.
     """
-    exposed = exchange = 2 * broadcast_s(a, gpus, a.buffer_mb * 1e6 / 2) if a.buffer_mb else 0.0
+    exposed = exchange = 0.0
     for module in MODULES:
         if not gradients.get(module):
             continue
@@ -179,18 +178,12 @@ def ring_s(ranks: float, size: float, bandwidth: float, latency: float) -> float
 def all_reduce_s(a: Assumptions, gpus: int, size: float) -> float:
     """Of `size` bytes over all GPUs. Hierarchical: reduce-scatter in each host, all-reduce between hosts of a share a
     GPU, all at once over the host's links, then all-gather in each host; the first and last make up one ring."""
-    hosts, local, inside, between = _links(a, gpus)
+    hosts, local = math.ceil(gpus / a.gpus_per_host), min(gpus, a.gpus_per_host)
+    inside, between = (gb_s * 1e9 * a.link_utilization for gb_s in (a.nvlink_gb_s, a.inter_host_gb_s))
     if hosts > 1 and not a.hierarchical:
         return ring_s(gpus, size, min(inside, between), a.inter_host_latency_us / 1e6)
     seconds = ring_s(local, size, inside, a.nvlink_latency_us / 1e6)
     return seconds + (ring_s(hosts, size, between, a.inter_host_latency_us / 1e6) if hosts > 1 else 0.0)
-
-
-def broadcast_s(a: Assumptions, gpus: int, size: float) -> float:
-    """Of `size` bytes from the first GPU, passed on in pieces along a chain between the hosts and one in each."""
-    hosts, local, inside, between = _links(a, gpus)
-    seconds = size / inside + (local - 1) * a.nvlink_latency_us / 1e6 if local > 1 else 0.0
-    return seconds + (size / between + (hosts - 1) * a.inter_host_latency_us / 1e6 if hosts > 1 else 0.0)
 
 
 def buckets(sizes: Sequence[float], first: float, cap: float) -> list[float]:
@@ -212,9 +205,3 @@ def exposed_s(backward_s: float, sizes: Sequence[float], times: Sequence[float],
         seen += size
         done = max(done, backward_s * seen / total) + seconds
     return overlap * max(0.0, done - backward_s) + (1 - overlap) * sum(times)
-
-
-def _links(a: Assumptions, gpus: int) -> tuple[int, float, float, float]:
-    """Hosts, GPUs a host, and bytes/s in a host and between hosts."""
-    inside, between = (gb_s * 1e9 * a.link_utilization for gb_s in (a.nvlink_gb_s, a.inter_host_gb_s))
-    return math.ceil(gpus / a.gpus_per_host), min(gpus, a.gpus_per_host), inside, between

@@ -148,14 +148,13 @@ def _medians(seconds: Sequence[tuple[float, float]]) -> dict[str, float]:
 
 def _exchanged(modules: dict[str, nn.Module]) -> dict[str, Any]:
     """gradients: of each module the bytes of its parameters' gradients, last layer first, as a backward pass gives
-    them; types: in which they are reduced; buffer_bytes: that DDP broadcasts before each forward pass."""
+    them; types: in which they are reduced."""
     trained = {name: [p for p in module.parameters() if p.requires_grad] for name, module in modules.items()}
     return {
         "gradients": {
             name: [p.numel() * p.element_size() for p in reversed(trained[name])] for name in MODULES if name in trained
         },
         "types": sorted({str(p.dtype).removeprefix("torch.") for own in trained.values() for p in own}),
-        "buffer_bytes": sum(b.numel() * b.element_size() for module in modules.values() for b in module.buffers()),
     }
 
 

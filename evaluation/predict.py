@@ -226,7 +226,7 @@ def _in_folder(folder: str) -> list[str]:
 
 
 def to_json(predictor: RawVideos[Line], predictions: Sequence[Prediction[Line]]) -> dict[str, Any]:
-    """Everything as JSON values: versions, weights, settings, and and what was found in each video."""
+    """Everything as JSON values: versions, weights, settings, and what was found in each video."""
     card, stored = predictor.card, predictor.storing
     return {
         "versions": {"genkd": __version__, "torch": torch.__version__, "av": av.__version__},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import socket
 import subprocess
@@ -70,6 +71,15 @@ def reference() -> Path:
     if not path.is_dir():
         pytest.skip(f"needs the reference numbers in {path}")
     return path
+
+
+@pytest.fixture(scope="session")
+def helper(reference):
+    """What builds weights in the names of the original implementation, a module that lies beside its numbers."""
+    spec = importlib.util.spec_from_file_location("reference_state", reference / "reference_state.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

@@ -119,8 +119,8 @@ def newest(folder: Path) -> Path | None:
     return found[-1][1] if found else None
 
 
-def load_newest(folder: Path) -> dict[str, Any] | None:
-    """The state of the newest readable checkpoint, on the CPU; None if there is no checkpoint at all.
+def newest_sound(folder: Path) -> Path | None:
+    """The newest checkpoint whose content is what was written; None if there is no checkpoint at all.
 
     Damaged ones are renamed to *.damaged with a warning. Raises UserError if all are damaged.
     """
@@ -128,9 +128,9 @@ def load_newest(folder: Path) -> dict[str, Any] | None:
     for _, path in reversed(found):
         try:
             _refuse_damaged(path)
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            log.warning("checkpoint %s is damaged (%s); trying the one before it", path, repr(error)[:200])
+            return path
+        except ValueError as error:
+            log.warning("checkpoint %s is damaged (%s); trying the one before it", path, error)
             path.rename(path.with_name(path.name + ".damaged"))
     if found:
         raise UserError(f"no checkpoint in {folder} can be read; delete the run folder to begin again")
@@ -138,14 +138,12 @@ def load_newest(folder: Path) -> dict[str, Any] | None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The state of one checkpoint, on the CPU. Raises UserError if it cannot be read."""
+    """The state of a checkpoint, on the CPU. Raises UserError if it cannot be read."""
     try:
-        _refuse_damaged(path)
+        _refuse_damaged(path)  # on another host than the one that found it sound, too
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(
-            f"checkpoint {path}, which the main rank continues from, cannot be read here: {error}"
-        ) from None
+        raise UserError(f"checkpoint {path} cannot be read: {repr(error)[:300]}") from None
 
 
 def _checkpoints(folder: Path) -> list[tuple[int, Path]]:

@@ -12,7 +12,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,8 @@ from ..configs.schema import RanksConfig
 from ..errors import UserError, explain_os_error
 from . import affinity, rendezvous
 from .watchdog import Watchdog
+
+_T = TypeVar("_T")
 
 # What PyTorch says in a rank whose peer is gone.
 _LOST = re.compile(
@@ -87,12 +89,14 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def on_main(self, action: Callable[[], object]) -> None:
-        """Runs action on the main rank while the others wait; what a user can mend is raised on every rank."""
+    def on_main(self, action: Callable[[], _T]) -> _T:
+        """What action gives on the main rank, picklable, on every rank, while the others wait; what a user can mend is
+        raised on every rank."""
+        found: Any = None
         problem = None
         if self.is_main:
             try:
-                action()
+                found = action()
             except UserError as error:
                 problem = str(error)
             except OSError as error:
@@ -100,9 +104,10 @@ class Ranks:
         else:
             self.waits("waits for the main rank")
         if self.world_size > 1:
-            problem = self.gather(problem)[0]
+            problem, found = self.gather((problem, found))[0]
         if problem is not None:
             raise UserError(problem)
+        return found
 
     def same_buffers(self, module: nn.Module) -> None:
         """Gives every rank the main rank's buffers, such as batch norm's running statistics."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -57,10 +56,10 @@ def train(config: TrainConfig, run: Path, say: Callable[[str], None] = print) ->
         with contextlib.closing(_Trainer(config, run, dataset, phase, place, say)) as trainer:
             with contextlib.ExitStack() as lock:
                 place.on_main(lambda: runs.adopt(lock, run, config))
-                done = run / "result.json"
-                if done.is_file():
+                result = place.on_main(lambda: runs.result_of(run))
+                if result is not None:
                     say(f"{run} is finished; remove it to train again")
-                    return json.loads(done.read_text(encoding="utf-8"))
+                    return result
                 try:
                     return trainer.fit()
                 except OSError as error:
@@ -221,13 +220,10 @@ class _Trainer:
 
     def resume(self) -> None:
         """Continues from the newest checkpoint, if there is one."""
-        folder = self.run / "checkpoints"
-        # The main rank puts damaged checkpoints aside, so that all ranks find the same newest one.
-        self.place.on_main(lambda: checkpoint.load_newest(folder))
-        newest = self.place.gather(checkpoint.newest(folder) if self.place.is_main else None)[0]
+        # The main rank chooses: another host may still see an older folder.
+        newest = self.place.on_main(lambda: checkpoint.newest_sound(self.run / "checkpoints"))
         if newest is None:
             return
-        # By name: another host may still see an older folder.
         state = checkpoint.load(newest)
         if state["index_digest"] != self.dataset.info["index_digest"]:
             raise UserError(
@@ -324,11 +320,16 @@ class _Trainer:
 
     @contextlib.contextmanager
     def _metrics(self) -> Iterator[MetricsLog | None]:
-        if not self.place.is_main:
-            self.observers.open(self.step, self.total_steps)
-            yield None
-            return
         tensorboard, again = self.config.tensorboard, bool(self.unevaluated)
-        with contextlib.closing(MetricsLog(self.run, self.step, tensorboard=tensorboard, evaluates_again=again)) as log:
-            log.sinks = self.observers.open(self.step, self.total_steps)
-            yield log
+        with contextlib.ExitStack() as stack:
+
+            def begin() -> None:
+                log = MetricsLog(self.run, self.step, tensorboard=tensorboard, evaluates_again=again)
+                logs.append(stack.enter_context(contextlib.closing(log)))
+
+            logs: list[MetricsLog] = []
+            self.place.on_main(begin)
+            sinks = self.observers.open(self.step, self.total_steps)
+            for log in logs:
+                log.sinks = sinks
+            yield logs[0] if logs else None

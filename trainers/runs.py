@@ -7,13 +7,15 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ..configs import load as configs
 from ..configs.schema import TrainConfig
 from ..errors import UserError
-from ..files import locked, remove_leftovers, write_atomically
+from ..files import locked, read_json, remove_leftovers, write_atomically
 
-# Keys that may change between a run and its resumption: they do not touch what is computed.
+# Keys that may change between a run and its resumption: what is computed stays the same, but for rounding, and under
+# `compile` for dropout's masks.
 FREE_KEYS = (
     "log_every",
     "checkpoint_every",
@@ -58,6 +60,12 @@ def adopt(lock: contextlib.ExitStack, run: Path, config: TrainConfig) -> None:
     if strangers:
         raise UserError(f"{run} is not empty and holds no training run (found {strangers[0]!r}); choose another --out")
     write_atomically(run / "config.yaml", configs.dump(config).encode())
+
+
+def result_of(run: Path) -> dict[str, Any] | None:
+    """The content of a finished run's result.json; None for a run that is not finished."""
+    path = run / "result.json"
+    return read_json(path) if path.is_file() else None
 
 
 def exit_code(number: int) -> int:

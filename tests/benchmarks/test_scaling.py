@@ -17,7 +17,7 @@ from genkd.errors import UserError
 MIB = 2**20
 # Round numbers to reckon with: steps of a second, clips of 1 MB and 10 core-milliseconds, links of 1 and 10 GB/s.
 ROUND = model.Assumptions(
-    clips_per_gpu=10, step_s=1, recognizer_backward_share=0.5, recognizer_gradient_mb=400, buffer_mb=0,
+    clips_per_gpu=10, step_s=1, recognizer_backward_share=0.5, recognizer_gradient_mb=400,
     gpus_per_host=4, nvlink_gb_s=10, inter_host_gb_s=1, nvlink_latency_us=0, inter_host_latency_us=0,
     link_utilization=1, cores_per_host=100, cpu_s_per_clip=0.01, storage_gb_s=100, mb_per_clip=1, first_bucket_mib=1e9,
 )  # fmt: skip
@@ -39,9 +39,6 @@ def test_rings_in_hosts_and_between_them():
     single = a.but("test", hierarchical=0)
     assert model.all_reduce_s(single, 8, 400e6) == pytest.approx(0.7 + 1.4)
     assert model.all_reduce_s(single, 4, 400e6) == pytest.approx(0.12)
-    # 100 MB along the chain: 0.1 s and one hop between hosts, 0.01 s and three hops in one.
-    assert model.broadcast_s(a, 8, 100e6) == pytest.approx(0.1 + 0.1 + 0.01 + 0.03)
-    assert model.broadcast_s(a, 1, 100e6) == 0
     half = a.but("test", link_utilization=0.5, nvlink_latency_us=0)
     assert model.all_reduce_s(half, 4, 400e6) == pytest.approx(0.12)
 
@@ -86,8 +83,6 @@ def test_a_step_and_its_limits():
     assert model.predict(ROUND.but("", inter_host_gb_s=0.1), GRADIENTS, 8).limit == "communication"
     # Cores that train and load in turn: 10 clips of 10 ms more.
     assert model.predict(ROUND.but("", loader_overlap=0), GRADIENTS, 1).step_s == pytest.approx(1.1)
-    # Batch norm's 20 MB, before the step: 2 ms in the host.
-    assert model.predict(ROUND.but("", buffer_mb=20), GRADIENTS, 4).exposed_s == pytest.approx(0.062)
 
 
 def test_the_vaes_gradients_come_in_a_stage_of_their_own():

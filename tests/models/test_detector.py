@@ -14,28 +14,6 @@ FULL = pytest.param("", marks=pytest.mark.slow)  # white noise: nearly any clip 
 SETS = (FULL, "_cells")
 
 
-@pytest.fixture(scope="module")
-def reference():
-    from pathlib import Path
-
-    import genkd
-
-    place = Path(genkd.__file__).parent.parent / "shared" / "reference"
-    if not place.is_dir():
-        pytest.skip("the original implementation's numbers are absent (../shared/reference)")
-    return place
-
-
-@pytest.fixture(scope="module")
-def helper(reference):
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("reference_state", reference / "reference_state.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def close(got, want, tolerance=1e-4):
     want = torch.from_numpy(np.asarray(want))
     assert got.shape == want.shape

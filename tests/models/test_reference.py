@@ -5,7 +5,6 @@ nearly equals: those are run by hand (slow), but for the student's.
 """
 
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -34,15 +33,6 @@ def close_map(features, want, name):
     close(torch.stack([features.mean(), features.std(correction=0)]), want[f"{name}_stats"])
     if f"{name}_corner" in want:
         close(features[0, :4, :2], want[f"{name}_corner"])
-
-
-@pytest.fixture(scope="module")
-def helper(reference):
-    sys.path.insert(0, str(reference))
-    import reference_state
-
-    yield reference_state
-    sys.path.remove(str(reference))
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,17 @@ from genkd.errors import UserError
 from genkd.trainers import checkpoint
 
 
+def load_newest(folder):
+    path = checkpoint.newest_sound(folder)
+    return path and checkpoint.load(path)
+
+
 def test_the_newest_is_loaded_and_old_ones_go(tmp_path):
-    assert checkpoint.load_newest(tmp_path) is None
+    assert load_newest(tmp_path) is None
     for step in (5, 100, 20, 1000):
         checkpoint.save(tmp_path, step, {"step": step, "x": torch.ones(3)}, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000100.pt", "step-00001000.pt"]
-    assert checkpoint.load_newest(tmp_path)["step"] == 1000
+    assert load_newest(tmp_path)["step"] == 1000
 
 
 @pytest.mark.parametrize(
@@ -33,10 +38,10 @@ def test_a_damaged_newest_falls_back_with_a_warning(tmp_path, caplog, spoil):
     spoilt = spoil(path.read_bytes())
     assert spoilt != path.read_bytes()
     path.write_bytes(spoilt)
-    assert checkpoint.load_newest(tmp_path)["step"] == 1
+    assert load_newest(tmp_path)["step"] == 1
     assert str(path) in caplog.text
     checkpoint.save(tmp_path, 2, {"step": 2}, keep=1)
-    assert checkpoint.load_newest(tmp_path)["step"] == 2
+    assert load_newest(tmp_path)["step"] == 2
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path, caplog):
@@ -45,8 +50,8 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path, caplog):
             return (open, (str(tmp_path / "owned"), "w"))
 
     checkpoint.save(tmp_path, 1, {"step": Evil()}, keep=1)
-    with pytest.raises(UserError, match="no checkpoint in"):
-        checkpoint.load_newest(tmp_path)
+    with pytest.raises(UserError, match="cannot be read"):
+        load_newest(tmp_path)
     assert not (tmp_path / "owned").exists()
 
 
@@ -56,7 +61,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(small_disk):
     with pytest.raises(UserError, match="no space left on the disk while writing checkpoint"):
         checkpoint.save(disk, 2, {"x": torch.zeros(1_000_000)}, keep=2)
     assert [path.name for path in disk.iterdir()] == ["step-00000001.pt"]
-    assert checkpoint.load_newest(disk)["x"].shape == (1000,)
+    assert load_newest(disk)["x"].shape == (1000,)
 
 
 def test_a_writer_saves_what_was_there_when_it_was_asked(tmp_path, monkeypatch):
@@ -77,7 +82,7 @@ def test_a_writer_saves_what_was_there_when_it_was_asked(tmp_path, monkeypatch):
     state["parts"][0] += 1
     go_on.set()
     writer.finish()
-    found = checkpoint.load_newest(tmp_path)
+    found = load_newest(tmp_path)
     assert found == {"step": 1, "x": found["x"], "parts": found["parts"], "pair": found["pair"]}
     assert not found["x"].any() and not found["parts"][0].any() and found["pair"][1] == "two"
     writer.close()
@@ -100,11 +105,11 @@ def test_a_step_saved_again_in_vain_leaves_what_was_there(tmp_path, monkeypatch)
     monkeypatch.setattr("genkd.files.sync", full)
     with pytest.raises(UserError, match="no space left"):
         checkpoint.save(tmp_path, 1, {"step": 2}, keep=1)
-    assert checkpoint.load_newest(tmp_path)["step"] == 1
+    assert load_newest(tmp_path)["step"] == 1
 
 
-def test_the_checkpoint_of_the_main_rank_or_a_sentence(tmp_path):
+def test_a_checkpoint_by_name_or_a_sentence(tmp_path):
     path = checkpoint.save(tmp_path, 1, {"step": 1}, keep=1)
     assert checkpoint.load(path) == {"step": 1}
-    with pytest.raises(UserError, match="which the main rank continues from, cannot be read here"):
+    with pytest.raises(UserError, match="cannot be read"):
         checkpoint.load(tmp_path / "step-00000002.pt")

@@ -1,12 +1,9 @@
 """The phase's own stages under compat=reference against the original's losses: as it adds them up, window by window."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
-import genkd
 from genkd.benchmarks.detect_schedule import OriginalTraining, Window, _gaps, segment_losses
 from genkd.configs.load import load
 from genkd.models.checkpoints import from_reference, load_cvae, load_detector, save_weights
@@ -17,24 +14,6 @@ from genkd.trainers.phases import Noise, Turn
 
 PARTS = ("loc", "conf", "prop_loc", "prop_conf", "center")
 EPOCH = 5
-
-
-@pytest.fixture(scope="module")
-def reference():
-    place = Path(genkd.__file__).parent.parent / "shared" / "reference"
-    if not place.is_dir():
-        pytest.skip("the original implementation's numbers are absent (../shared/reference)")
-    return place
-
-
-@pytest.fixture(scope="module")
-def helper(reference):
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("reference_state", reference / "reference_state.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def noises(shapes):
