@@ -66,7 +66,7 @@ class Watchdog:
             self._end.set()
             self._thread.join(timeout=5)
             self.progress("has ended", _ENDED)
-            with contextlib.suppress(Exception):  # whoever kept the store may be gone
+            with contextlib.suppress(RuntimeError):  # whoever kept the store may be gone
                 self._tell()
 
     def progress(self, doing: str, place: float) -> None:
@@ -90,7 +90,7 @@ class Watchdog:
                     self._listen()
                 if waited > self._limit * self.patience and self._give_up(waited):
                     return
-        except Exception as error:
+        except RuntimeError as error:
             # Without the store, which the main rank or torchrun keeps, there is no one left to name anyone to.
             if not self._end.is_set():
                 log.warning("rank %d: the watchdog has lost the ranks' store (%s)", self._rank, repr(error)[:200])
