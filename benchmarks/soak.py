@@ -1,8 +1,8 @@
 """A long run that is disturbed again and again, beside the same run left alone.
 
-    python -m genkd.benchmarks.soak OUT [--minutes 120] [--every 120] [--ranks 2] [--seed 0]
+    python -m genkd.benchmarks.soak OUT [--minutes 120] [--at-once] [--every 120] [--ranks 2] [--seed 0]
 
-Trains a small recognizer on synthetic videos with torchrun, first undisturbed and then with a fault every `--every`
+Trains a small recognizer on synthetic videos with torchrun, undisturbed and with a fault every `--every`
 seconds, each kind in turn, and compares: every video exactly once an epoch, the same weights, no growth of memory,
 threads, open files or temporary files. OUT/soak.json says what happened; the exit code is 1 where anything differs.
 """
@@ -17,15 +17,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
-import numpy as np
-from safetensors.numpy import load_file
 
 from ..errors import UserError
 from ..files import write_json
@@ -35,6 +33,7 @@ from ..preprocessing.shards import Dataset
 from ..preprocessing.synthetic import SynthSettings, synthesize
 from ..preprocessing.video import VideoSettings
 from .common import machine, versions
+from .soak_findings import Sample, compare_weights, count_samples, growth, growth_from_start_to_start, look_at, read
 
 CONFIG = """
 batch_size: 8
@@ -50,17 +49,7 @@ optimizer: {name: adamw, lr: 0.001}
 """
 TIMEOUT = 20.0  # ranks.timeout_s
 LOOK = 2.0  # seconds from one look at the processes to the next
-WARM = 20.0  # seconds that a rank takes to have loaded and begun everything
-
-
-class Sample(NamedTuple):
-    """A look at one rank: seconds since its start, memory of its own and its share of what it shares (MB), threads,
-    open files."""
-
-    seconds: float
-    megabytes: float
-    threads: int
-    files: int
+RECENT = 1 << 16  # bytes of a record that surely hold its newest step
 
 
 class Run:
@@ -86,7 +75,17 @@ class Run:
     @property
     def steps(self) -> int:
         """The step that was written down last."""
-        return max((line[1] for line in read(self.record)), default=-1)
+        return max((line[1] for line in read(self.record, self.written - RECENT)), default=-1)
+
+    @property
+    def attempt(self) -> float:
+        """The newest start that took a step."""
+        return max((line[0] for line in read(self.record, self.written - RECENT)), default=0.0)
+
+    @property
+    def written(self) -> int:
+        """Bytes of its record so far."""
+        return self.record.stat().st_size if self.record.exists() else 0
 
     def start(self) -> None:
         self.starts += 1
@@ -115,14 +114,8 @@ class Run:
     def look(self) -> None:
         """Takes a sample of every rank."""
         for number in self.rank_processes():
-            with suppress(OSError, ValueError):
-                place = Path("/proc", str(number))
-                rollup = (place / "smaps_rollup").read_text()
-                megabytes = next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:")) / 1e3
-                threads, files = len(os.listdir(place / "task")), len(os.listdir(place / "fd"))
-                started = int((place / "stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
-                alive = float(Path("/proc/uptime").read_text().split()[0]) - started
-                self.samples.setdefault(number, []).append(Sample(alive, megabytes, threads, files))
+            if (sample := look_at(number)) is not None:
+                self.samples.setdefault(number, []).append(sample)
 
     def stop(self) -> None:
         """Ends whatever still runs of it, at once."""
@@ -142,29 +135,6 @@ class Run:
                 return True
             time.sleep(0.5)
         return False
-
-    def growth(self) -> dict[str, float]:
-        """Of the rank that lived longest, once it had warmed up: the last fifth of its samples over the first; nothing
-        where no rank lived long enough to tell."""
-        warm = [[sample for sample in own if sample.seconds >= WARM] for own in self.samples.values()]
-        longest = max(warm, key=len, default=[])
-        fifth = len(longest) // 5
-        if not fifth:
-            return {}
-        early, late = longest[:fifth], longest[-fifth:]
-        return {
-            name: round(float(np.median([getattr(s, name) for s in late]) /
-                              np.median([getattr(s, name) for s in early])), 3)
-            for name in ("megabytes", "threads", "files")
-        }  # fmt: skip
-
-
-def read(path: Path) -> Iterator[list[Any]]:
-    """Lines of a record; the last may be half a line of a process that was killed."""
-    if path.exists():
-        for line in path.read_text(encoding="ascii").splitlines():
-            with suppress(ValueError):
-                yield json.loads(line)
 
 
 def kill_a_rank(run: Run, chance: random.Random) -> bool | None:
@@ -261,10 +231,10 @@ def disturbed(run: Run, every: float, chance: random.Random, limit: float) -> li
         alive = len(run.rank_processes()) == run.ranks and run.checkpoints
         if time.monotonic() >= due and alive and not run.finished:
             fault = FAULTS[len(told) % len(FAULTS)]
-            before, began, lines = run.steps, time.monotonic(), sum(1 for _ in read(run.record))
+            before, began, written, attempt = run.steps, time.monotonic(), run.written, run.attempt
             said = fault(run, chance)
             click.echo(f"{time.strftime('%H:%M:%S')} {fault.__name__} at step {before + 1}", err=True)
-            again = _first_step_after(run, lines, deadline)
+            again = _first_step_after(run, attempt, written, deadline)
             told.append(
                 {"fault": fault.__name__, "told": said is not False, "step": before,
                  "steps_repeated": max(0, before + 1 - again),
@@ -275,47 +245,23 @@ def disturbed(run: Run, every: float, chance: random.Random, limit: float) -> li
     return told
 
 
-def _first_step_after(run: Run, lines: int, deadline: float) -> int:
-    """The step with which training went on; the run is started again where it has ended."""
-    attempts = {line[0] for line in list(read(run.record))[:lines]}
+def _first_step_after(run: Run, attempt: float, written: int, deadline: float) -> int:
+    """The step with which training went on in a later attempt than this one, of which `written` bytes tell; the run is
+    started again where it has ended."""
     while time.monotonic() < deadline and not run.finished:
         assert run.process is not None
         if run.process.poll() is not None and not run.finished:
             run.start()
-        fresh = [line[1] for line in read(run.record) if line[0] not in attempts]
+        fresh = [line[1] for line in read(run.record, written) if line[0] > attempt]
         if fresh:
             return min(fresh)
         time.sleep(0.5)
     return run.steps
 
 
-def count_samples(run: Run, rows: list[int]) -> dict[str, int]:
-    """Of each step, what its last attempt saw: videos that an epoch lacks, and that it has more than once."""
-    last: dict[int, tuple[float, dict[int, tuple[int, list[int]]]]] = {}
-    for attempt, step, draw, rank, seen in read(run.record):
-        if step not in last or last[step][0] < attempt:
-            last[step] = attempt, {}
-        last[step][1][rank] = draw, seen
-    counts = Counter((draw, row) for _, ranks in last.values() for draw, seen in ranks.values() for row in seen)
-    wanted = {(draw, row) for draw in range(run.epochs) for row in rows}
-    return {
-        "lost": len(wanted - set(counts)),
-        "repeated": sum(counts.values()) - len(counts),
-        "unknown": len(set(counts) - wanted),
-    }
-
-
-def compare_weights(one: Path, two: Path) -> float:
-    """The largest difference of any weight."""
-    worst = 0.0
-    for name in ("recognizer", "cvae"):
-        a, b = (load_file(folder / "weights" / f"{name}.safetensors") for folder in (one, two))
-        worst = max(worst, *(float(np.abs(a[key].astype(np.float64) - b[key]).max(initial=0)) for key in a))
-    return worst
-
-
-def soak(out: Path, *, minutes: float, every: float, ranks: int, seed: int) -> dict[str, Any]:
-    """Runs both and returns what OUT/soak.json says. Raises UserError for a folder that is not empty."""
+def soak(out: Path, *, minutes: float, every: float, ranks: int, seed: int, at_once: bool = False) -> dict[str, Any]:
+    """Runs both, one after the other or `at_once`, and returns what OUT/soak.json says. Raises UserError for a folder
+    that is not empty."""
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty; name a new folder")
     out.mkdir(parents=True, exist_ok=True)
@@ -327,24 +273,29 @@ def soak(out: Path, *, minutes: float, every: float, ranks: int, seed: int) -> d
     lines = sorted(os.stat(path).st_mtime for path in (trial.folder / "checkpoints").glob("step-*.pt"))
     begun = trial.record.stat().st_ctime if len(lines) < 2 else lines[0]
     an_epoch = max(0.5, lines[-1] - begun) if len(lines) > 1 else 5.0
-    epochs = max(4, round(0.5 * 60 * minutes / an_epoch))
+    epochs = max(4, round(0.5 * 60 * minutes / an_epoch))  # shared or disturbed, they take twice as long
     click.echo(f"{epochs} epochs of {len(rows)} videos; one takes {an_epoch:.1f} s", err=True)
     alone, other = (Run(out, name, out / "data", epochs, ranks) for name in ("undisturbed", "disturbed"))
-    try:
-        seconds = undisturbed(alone)
-        began = time.monotonic()
-        faults = disturbed(other, every, random.Random(seed), 60 * (20 * minutes + 30))
-        assert other.process is not None
-        other.process.wait(60)
-    finally:
-        for run in (alone, other):
-            run.stop()
+    with ThreadPoolExecutor(1) as beside:
+        try:
+            left_alone = beside.submit(undisturbed, alone)
+            if not at_once:
+                left_alone.result()
+            began = time.monotonic()
+            faults = disturbed(other, every, random.Random(seed), 60 * (20 * minutes + 30))
+            assert other.process is not None
+            other.process.wait(60)
+            disturbed_s = round(time.monotonic() - began)
+            seconds = left_alone.result()
+        finally:  # here, as the executor waits for the run left alone
+            for run in (alone, other):
+                run.stop()
     leftovers = [str(path.relative_to(out)) for path in out.rglob("*.tmp*")]
     result: dict[str, Any] = {
         "benchmark": "soak", "machine": machine(), "versions": versions(),
         "about": {"ranks": ranks, "epochs": epochs, "videos": len(rows), "every_s": every, "seed": seed,
-                  "checkpoint_every": 10, "timeout_s": TIMEOUT},
-        "undisturbed_s": round(seconds), "disturbed_s": round(time.monotonic() - began), "faults": faults,
+                  "at_once": at_once, "checkpoint_every": 10, "timeout_s": TIMEOUT},
+        "undisturbed_s": round(seconds), "disturbed_s": disturbed_s, "faults": faults,
         "by_kind": {
             fault.__name__: {
                 "injected": sum(entry["fault"] == fault.__name__ for entry in faults),
@@ -352,18 +303,22 @@ def soak(out: Path, *, minutes: float, every: float, ranks: int, seed: int) -> d
             }
             for fault in FAULTS
         },
-        "samples": count_samples(other, rows), "samples_undisturbed": count_samples(alone, rows),
+        "samples": count_samples(other.record, epochs, rows),
+        "samples_undisturbed": count_samples(alone.record, epochs, rows),
         "largest_difference_of_weights": compare_weights(alone.folder, other.folder),
-        "growth": {"undisturbed": alone.growth(), "disturbed": other.growth()},
+        "growth": {
+            "undisturbed": growth(alone.samples), "disturbed": growth(other.samples),
+            "from_start_to_start": growth_from_start_to_start(other.samples),
+        },
         "leftovers": leftovers,
     }  # fmt: skip
-    growth = [value for values in result["growth"].values() for value in values.values()]
+    grown = [value for values in result["growth"].values() for value in values.values()]
     result["passed"] = (
         not any((*result["samples"].values(), *result["samples_undisturbed"].values()))
         and all(entry["told"] for entry in faults)
         and result["largest_difference_of_weights"] == 0
         and not leftovers
-        and all(value <= 1.1 for value in growth)
+        and all(value <= 1.1 for value in grown)
     )
     write_json(out / "soak.json", result)
     shutil.rmtree(out / "videos")
@@ -373,12 +328,13 @@ def soak(out: Path, *, minutes: float, every: float, ranks: int, seed: int) -> d
 @click.command(help=__doc__)
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--minutes", default=120.0, show_default=True, help="About as long as the disturbed run takes.")
+@click.option("--at-once", is_flag=True, help="Run both at the same time, which shares the processor between them.")
 @click.option("--every", default=120.0, show_default=True, help="Seconds from one fault to the next.")
 @click.option("--ranks", default=2, show_default=True, type=click.IntRange(1))
 @click.option("--seed", default=0, show_default=True)
-def main(out: Path, minutes: float, every: float, ranks: int, seed: int) -> None:  # noqa: D103
+def main(out: Path, minutes: float, at_once: bool, every: float, ranks: int, seed: int) -> None:  # noqa: D103
     try:
-        result = soak(out, minutes=minutes, every=every, ranks=ranks, seed=seed)
+        result = soak(out, minutes=minutes, every=every, ranks=ranks, seed=seed, at_once=at_once)
     except UserError as error:
         raise click.ClickException(str(error)) from None
     click.echo(json.dumps({key: value for key, value in result.items() if key != "faults"}, indent=2))
