@@ -247,6 +247,16 @@ def test_a_pod_whose_ranks_fail_fails(node):
     assert node.finish(script_of(node, "kubernetes-train"), behave="exit 3")[0] == 3
 
 
+@pytest.mark.parametrize("version", ["1.29", "1.31", "1.34", "1.37"])
+@pytest.mark.parametrize("name", ["kubernetes-shard", "kubernetes-train"])
+def test_kubernetes_would_take_the_file(name, version):
+    validator = pytest.importorskip("kubernetes_validate", reason="needs the schemas: pip install kubernetes-validate")
+    parts = list(yaml.safe_load_all(filled(name, RUN="runs/teacher")))
+    assert len(parts) == (2 if name == "kubernetes-shard" else 3)
+    for part in parts:
+        validator.validate(part, version, strict=True)
+
+
 def test_the_kubernetes_files_fit_together():
     text = filled("kubernetes-train", RUN="runs/teacher")
     claim, service, job = yaml.safe_load_all(text)
