@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import datetime
+import inspect
 import os
 import re
 import signal
@@ -25,6 +26,12 @@ from . import affinity, rendezvous
 from .watchdog import Watchdog
 
 _T = TypeVar("_T")
+
+# Each rank keeps its own buffers; PyTorch 2.13 has a new name for that and calls the old one deprecated.
+_OWN_BUFFERS: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else "broadcast_buffers": False
+}  # fmt: skip
 
 # What PyTorch says in a rank whose peer is gone.
 _LOST = re.compile(
@@ -69,7 +76,7 @@ class Ranks:
             module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
         wrapped = DistributedDataParallel(
             module, device_ids=[self.device.index] if on_gpu else None, gradient_as_bucket_view=True,
-            static_graph=static, broadcast_buffers=False,
+            static_graph=static, **_OWN_BUFFERS,
         )  # fmt: skip
         if self.config.compression == "bf16":
             wrapped.register_comm_hook(self.world_size, _in_bf16)
