@@ -20,7 +20,9 @@ demo: $(READY)
 	$(BIN)/genkd demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -m "not gpu and not slow and not multihost"
+	@# A worker a core, but no more than four: many tests start processes of their own.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist worksteal \
+	  -m "not gpu and not slow and not multihost"
 
 lint: $(READY)
 	$(BIN)/ruff check .

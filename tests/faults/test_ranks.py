@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 KILLED = """
 def in_step(rank, step, attempt):
-    if (rank, step, attempt) in [(1, 4, 0), (0, 7, 1)]:
+    if (rank, step, attempt) in WHEN:
         os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -30,9 +30,12 @@ def assert_same(one, two, tolerance):
             np.testing.assert_allclose(b[key], value, rtol=tolerance, atol=tolerance, err_msg=key)
 
 
-def test_a_rank_killed_in_mid_step_costs_nothing_but_time(runs, undisturbed):
-    _, told = runs.run("run", fault=KILLED, restarts=2)
-    assert "has lost another rank" in told and told.count("continuing") == 2
+@pytest.mark.parametrize(
+    "when", [[(0, 4, 0)], pytest.param([(1, 4, 0), (0, 7, 1)], marks=pytest.mark.slow)], ids=["main", "each"]
+)
+def test_a_rank_killed_in_mid_step_costs_nothing_but_time(runs, undisturbed, when):
+    _, told = runs.run("run", fault=KILLED.replace("WHEN", repr(when)), restarts=2)
+    assert "has lost another rank" in told and told.count("continuing") == len(when)
     runs.assert_every_video_once("run")
     assert runs.losses("run") == undisturbed.losses("run")
     assert_same(undisturbed.folder / "run", runs.folder / "run", 0)
@@ -116,13 +119,13 @@ def before_step(rank, step, attempt):
     assert 0 < steps < 60 and (runs.folder / "run" / "checkpoints" / f"step-{steps:08d}.pt").exists()
 
 
-def test_gradients_add_up_to_those_of_a_whole_batch(runs, undisturbed):
-    """One rank that takes a clip at a time, and two that do."""
-    for ranks in (1, 2):
-        runs.run(f"run{ranks}", "micro_batch=1", ranks=ranks)
-        runs.assert_every_video_once(f"run{ranks}")
-        np.testing.assert_allclose(runs.losses(f"run{ranks}"), undisturbed.losses("run"), rtol=1e-4)
-        assert_same(undisturbed.folder / "run", runs.folder / f"run{ranks}", 1e-5)
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_gradients_add_up_to_those_of_a_whole_batch(runs, undisturbed, ranks):
+    """Ranks that take a clip at a time."""
+    runs.run("run", "micro_batch=1", ranks=ranks)
+    runs.assert_every_video_once("run")
+    np.testing.assert_allclose(runs.losses("run"), undisturbed.losses("run"), rtol=1e-4)
+    assert_same(undisturbed.folder / "run", runs.folder / "run", 1e-5)
 
 
 @pytest.mark.slow
@@ -174,7 +177,9 @@ def before_step(rank, step, attempt):
     np.testing.assert_allclose(runs.losses("run"), undisturbed.losses("run"), rtol=1e-5)
 
 
-def test_a_rank_told_to_stop_in_an_evaluation_stops_all(runs, undisturbed):
+@pytest.mark.parametrize("compared", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "compared"])
+def test_a_rank_told_to_stop_in_an_evaluation_stops_all(runs, compared):
+    """compared: with the measurements of a rank that trains alone, too."""
     told = """
 from genkd.evaluation import recognition
 evaluate = recognition.evaluate
@@ -190,6 +195,8 @@ if not os.path.exists(record):
     assert code == 0 and "stopped at step 6 of 18, state saved" in said and "lost another" not in said
     runs.run("run", *options)
     assert json.loads((runs.folder / "run" / "result.json").read_text())["steps"] == 18
+    if not compared:
+        return
     runs.run("alone", *options, ranks=1)
     one, two = (list(map(json.loads, (runs.folder / name / "metrics.jsonl").open())) for name in ("alone", "run"))
     assert [line["kind"] for line in one] == [line["kind"] for line in two]

@@ -8,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -213,23 +215,28 @@ def _convert_as_nobody(root, out, queue):
         queue.put(repr(error))
 
 
-def test_a_file_without_permission_is_rejected_with_that_reason(videos, tmp_path):
+def test_a_file_without_permission_is_rejected_with_that_reason(videos):
     if os.geteuid() != 0:
         pytest.skip("needs root, to become a user who may not read a file")
-    root = bad_videos(tmp_path / "root", videos)
+    with tempfile.TemporaryDirectory() as folder:  # the folders above tmp_path are closed to others
+        Path(folder).chmod(0o755)
+        assert ("a/secret.avi", "no permission to read the file") in _rejected_by_nobody(Path(folder), videos)
+
+
+def _rejected_by_nobody(folder, videos):
+    root = bad_videos(folder / "root", videos)
     (root / "a" / "text.mp4").unlink()
     shutil.copy(root / "a" / "good.avi", root / "a" / "secret.avi")
     (root / "a" / "secret.avi").chmod(0)
-    (tmp_path / "out").mkdir(mode=0o777)
-    for folder in (tmp_path / "out", tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        folder.chmod(0o777)
+    (folder / "out").mkdir()
+    (folder / "out").chmod(0o777)
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
-    process = context.Process(target=_convert_as_nobody, args=(root, tmp_path / "out", queue))
+    process = context.Process(target=_convert_as_nobody, args=(root, folder / "out", queue))
     process.start()
     rejected = queue.get(timeout=60)
     process.join()
-    assert ("a/secret.avi", "no permission to read the file") in rejected
+    return rejected
 
 
 def test_a_full_disk_gives_one_sentence_and_a_clean_resume(videos, plain, small_disk, tmp_path, genkd, content):
