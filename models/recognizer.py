@@ -66,7 +66,7 @@ class Recognizer(nn.Module):
         self.logits = nn.Conv3d(channels, num_classes, 1)
         _initialize(self)
 
-    def forward(self, clips: Tensor, classify: bool = True) -> RecognizerOutput:
+    def forward(self, clips: Tensor, classify: bool = True, dropped: Tensor | None = None) -> RecognizerOutput:
         self._check(clips)
         features = self.backbone(clips)
         last = features[ENDPOINT]
@@ -77,12 +77,24 @@ class Recognizer(nn.Module):
             pooled = F.avg_pool3d(last, self.pool, stride=1)
         else:
             pooled = attention_kd(last, attention, per_batch=self.compat == "reference").foreground
-        logits = self.classify(pooled)
+        logits = self.classify(pooled, dropped)
         return RecognizerOutput(features, attention, logits, self.scores(logits))
 
-    def classify(self, pooled: Tensor) -> Tensor:
-        """Logits (N,K,T') of features averaged over space and two steps of time, (N,C,T',1,1)."""
-        return self.logits(self.dropout(pooled)).flatten(2)
+    def classify(self, pooled: Tensor, dropped: Tensor | None = None) -> Tensor:
+        """Logits (N,K,T') of features averaged over space and two steps of time, (N,C,T',1,1).
+
+        dropped (N,C,T'): what they are multiplied with in training, in place of dropout that PyTorch draws.
+        """
+        if dropped is None or not self.training:
+            pooled = self.dropout(pooled)
+        else:
+            pooled = pooled * dropped[..., None, None].to(pooled.dtype)
+        return self.logits(pooled).flatten(2)
+
+    @property
+    def pooled_shape(self) -> tuple[int, int]:
+        """Of what is classified: C, T'."""
+        return self.shape[0], self.shape[1] - self.pool[0] + 1
 
     def _check(self, clips: Tensor) -> None:
         _, time, height, width = self.shape

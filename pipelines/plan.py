@@ -18,7 +18,8 @@ from . import windows
 from .windows import Splice, Window
 from .windows import detection_windows as detection_windows
 
-_ORDER, _SAMPLE, _NOISE, _SPLICE = 0, 1, 2, 3  # separate streams of one key
+# Separate streams of one key. Several noises use every fourth number from _NOISE on.
+_ORDER, _SAMPLE, _NOISE, _SPLICE, _DROPOUT = 0, 1, 2, 3, 4
 
 
 class Colour(NamedTuple):
@@ -229,6 +230,15 @@ def noise(seed: int, epoch: int, rows: Iterable[int], shape: tuple[int, ...], dr
     """
     drawn = [_random(seed, epoch, _NOISE + 4 * draw, row).standard_normal(shape, np.float32) for row in rows]
     return np.stack(drawn)
+
+
+def dropout(seed: int, epoch: int, rows: Iterable[int], shape: tuple[int, ...], share: float) -> np.ndarray:
+    """What dropout multiplies the samples of a batch with: float32 (N, *shape), each sample's own in each epoch.
+
+    Zero for `share` of the values, 1 / (1 - share) for the others.
+    """
+    kept = [_random(seed, epoch, _DROPOUT, row).random(shape, np.float32) >= share for row in rows]
+    return np.stack(kept) * np.float32(1 / (1 - share))
 
 
 def window_frames(start: int, num_frames: int, config: DataConfig, moved: np.ndarray | int = 0) -> np.ndarray:

@@ -53,7 +53,6 @@ class Stepper:
         config, passes = self.config, self.config.passes
         if config.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
-        torch.manual_seed(_mix(config.seed, step, self.place.rank))  # dropout's; makes resuming exact
         self.place.progress("computes", step, 6)
         if self.dtype == torch.float32:
             batch = dataclasses.replace(batch, clips=batch.clips.float())
@@ -94,7 +93,8 @@ class Stepper:
         self._finish(module, own)
 
     def _turn(self, batch: Batch, draw: int, only: str | None) -> Turn:
-        return Turn(draw // self.config.passes + 1, draw, self._noise(batch, draw), only)
+        epoch = draw // self.config.passes + 1
+        return Turn(epoch, draw, self._noise(batch, draw), only, self._dropped(batch, draw))
 
     def _next(self, stages: Iterator[Stage]) -> Stage | None:
         with torch.autocast(self.place.device.type, self.dtype, enabled=self.dtype != torch.float32):
@@ -107,7 +107,8 @@ class Stepper:
         )
         for group in optimizer.param_groups:
             group["lr"] = rate
-        optimizer.zero_grad(set_to_none=True)
+            for weight in group["params"]:
+                weight.grad = None  # by hand, as Apex's zero_grad() takes other arguments than PyTorch's
 
     def _backward(self, stage: Stage, batch: Batch, step: int) -> None:
         # Every clip of the global batch weighs the same however unevenly its ranks, and their parts, share it.
@@ -125,6 +126,14 @@ class Stepper:
             self.scaler.step(optimizer)
         if self.averages is not None:
             self.averages.update(module, own)
+
+    def _dropped(self, batch: Batch, draw: int) -> Tensor | None:
+        """Dropout of each clip's own, so that it is the same however many ranks and parts share a batch."""
+        share = self.config.model.dropout
+        if self.phase.card.task == "detection" or not share:
+            return None
+        values = plan.dropout(self.config.seed, draw + 1, batch.ids.tolist(), self.phase.network.pooled_shape, share)
+        return torch.from_numpy(values).to(self.place.device, non_blocking=True)
 
     def _noise(self, batch: Batch, draw: int) -> Noise | None:
         if "cvae" not in self.phase.modules:
@@ -146,11 +155,3 @@ class Stepper:
         # One noise for all three says where student and teacher differ; the original draws each anew.
         first = drawn(0)
         return Noise(first, drawn(1), drawn(2)) if self.config.compat == "reference" else Noise(first, first, first)
-
-
-def _mix(*values: int) -> int:
-    """One 63-bit seed out of several numbers (FNV-1a)."""
-    state = 0xCBF29CE484222325
-    for value in values:
-        state = ((state ^ value) * 0x100000001B3) & 0x7FFFFFFFFFFFFFFF
-    return state

@@ -159,3 +159,24 @@ def test_bf16_follows_fp32():
             fast = model(clips)
     assert (exact.attention - fast.attention).abs().max() < 0.05
     assert (exact.scores - fast.scores).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("attention", [False, True])
+def test_dropout_that_is_given_takes_the_place_of_torchs(attention):
+    torch.manual_seed(0)
+    network = build(ModelConfig(width=0.25, dropout=0.5), 5, 16, 32, attention=attention)
+    clips, (channels, times) = torch.randn(2, 3, 16, 32, 32), network.pooled_shape
+    network.eval()
+    plain = network(clips).logits
+    assert plain.shape[2] == times
+    torch.testing.assert_close(network(clips, dropped=torch.zeros(2, channels, times)).logits, plain)
+    network.logits.train()
+    network.training = True  # batch norm stays as it is
+    nothing = network(clips, dropped=torch.zeros(2, channels, times)).logits
+    torch.testing.assert_close(nothing, network.logits.bias[None, :, None].expand_as(nothing))
+    torch.testing.assert_close(network(clips, dropped=torch.ones(2, channels, times)).logits, plain)
+    dropped = torch.ones(2, channels, times)
+    dropped[1] = 0
+    one = network(clips, dropped=dropped).logits
+    torch.testing.assert_close(one[0], plain[0])
+    torch.testing.assert_close(one[1], nothing[1])

@@ -209,6 +209,19 @@ def test_evaluation_crops_may_be_smaller_than_the_short_side():
     assert plan.square_crops(100, 60, 3, 0.5) == [(15, 0, 45, 30), (15, 35, 45, 65), (15, 70, 45, 100)]
 
 
+def test_dropout_belongs_to_the_sample_and_keeps_the_mean():
+    together = plan.dropout(1, 2, [5, 9, 7], (64, 7), 0.5)
+    assert together.shape == (3, 64, 7) and together.dtype == np.float32 and set(np.unique(together)) == {0.0, 2.0}
+    np.testing.assert_array_equal(plan.dropout(1, 2, [9], (64, 7), 0.5)[0], together[1])
+    for other in (plan.dropout(1, 3, [9], (64, 7), 0.5), plan.dropout(2, 2, [9], (64, 7), 0.5)):
+        assert not np.array_equal(other[0], together[1])
+    many = plan.dropout(1, 2, range(100), (100, 10), 0.3)
+    assert (many == 0).mean() == pytest.approx(0.3, abs=0.01) and many.mean() == pytest.approx(1, abs=0.01)
+    # A stream of its own: what is kept says nothing of the noise.
+    noise = plan.noise(1, 2, range(100), (100, 10))
+    assert abs(np.corrcoef(many.ravel(), noise.ravel())[0, 1]) < 0.02
+
+
 def test_noise_belongs_to_the_sample_not_to_the_batch():
     together = plan.noise(1, 2, [5, 9, 7], (4, 3))
     assert together.shape == (3, 4, 3) and together.dtype == np.float32

@@ -259,26 +259,16 @@ def test_bf16_follows_fp32_on_the_cpu(tiny, tmp_path):
     assert all(np.isfinite(list(line.values())[1:]).all() for line in fast)
 
 
-EVAL_MODE = """
-import sys
-from genkd.trainers.phases.base import Phase
-from genkd.cli import main
-Phase.train = lambda self: [module.eval() for module in self.modules.values()]
-main()
-"""
-
-
 def test_two_ranks_reach_the_weights_of_one(tiny, data, tmp_path):
-    """Batches of 4, 4 and 2. Batch norm and dropout are in eval mode, as their statistics and masks are a
-    rank's own."""
-    (tmp_path / "main.py").write_text(EVAL_MODE)
+    """Batches of 4, 4 and 2, with dropout. Batch norm keeps its statistics, which are a rank's own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for world_size in (1, 2):
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
-        options = ["batch_size=4", "eval_every=0", "optimizer={name: sgd, lr: 0.01}"]
-        arguments = command(tiny, data, tmp_path / f"run{world_size}", "representation", *options)[3:]
+        options = ["batch_size=4", "eval_every=0", "optimizer={name: sgd, lr: 0.01}", "model.freeze_bn=always"]
+        assert tiny("representation", *options).model.dropout == 0.5
+        arguments = command(tiny, data, tmp_path / f"run{world_size}", "representation", *options)[2:]
         done = subprocess.run(
-            [*launch, str(tmp_path / "main.py"), *arguments],
+            [*launch, "-m", *arguments],
             capture_output=True,
             text=True,
             env=environment,

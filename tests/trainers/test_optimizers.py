@@ -8,6 +8,7 @@ from genkd.configs.load import load
 from genkd.configs.schema import OptimizerConfig
 from genkd.errors import UserError
 from genkd.trainers import optimizers
+from genkd.trainers.loop import train
 
 
 def test_cosine_with_warm_up():
@@ -81,7 +82,7 @@ def test_a_missing_or_foreign_apex_is_told_apart(monkeypatch):
         optimizers.build(config, torch.nn.Linear(1, 1), torch.device("cpu"))
 
 
-def test_apex_is_used_when_it_is_there(monkeypatch):
+def test_apex_is_used_when_it_is_there(monkeypatch, tiny, tmp_path):
     made = {}
 
     class Fused(torch.optim.SGD):
@@ -89,6 +90,10 @@ def test_apex_is_used_when_it_is_there(monkeypatch):
             made.clear()
             made.update(options)
             super().__init__(groups, options["lr"])
+
+        def zero_grad(self):
+            """As in NVIDIA's FusedAdam, which takes no argument."""
+            raise AssertionError("FusedSGD's takes one")
 
     apex = types.ModuleType("apex.optimizers")
     apex.FusedSGD = apex.FusedAdam = Fused
@@ -101,3 +106,5 @@ def test_apex_is_used_when_it_is_there(monkeypatch):
         config = OptimizerConfig(backend="apex", name=name, lr=0.3)
         optimizers.build(config, torch.nn.Linear(1, 1), torch.device("cpu"))
         assert made == {"lr": 0.3, "betas": (0.9, 0.999), "adam_w_mode": name == "adamw"}
+    options = ["epochs=1", "eval_every=0", "optimizer={backend: apex}"]
+    assert train(tiny("teacher", *options), tmp_path / "run", lambda text: None)["epochs"] == 1

@@ -42,12 +42,13 @@ class Noise(NamedTuple):
 
 class Turn(NamedTuple):
     """Where a step stands. epoch counts from 1; draw, the loader's epoch, from 0; only: the one module whose stage is
-    wanted, where the stages take turns by epoch."""
+    wanted, where the stages take turns by epoch; dropped: the recognizer's dropout, (N,C,T')."""
 
     epoch: int
     draw: int
     noise: Noise | None
     only: str | None
+    dropped: torch.Tensor | None = None
 
 
 class Phase:

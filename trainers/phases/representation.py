@@ -75,8 +75,8 @@ class Representation(Phase):
                 per_batch=self.config.compat == "reference",
             )  # fmt: skip
             class_loss = losses.classification(
-                self.network.classify(found.foreground), batch.labels, label_smoothing=config.label_smoothing,
-                compat=self.config.compat,
+                self.network.classify(found.foreground, turn.dropped), batch.labels,
+                label_smoothing=config.label_smoothing, compat=self.config.compat,
             )  # fmt: skip
             assert found.reconstruction_loss is not None
             terms = losses.weigh(config, class_loss, turn.epoch, found.reconstruction_loss, found.attention_loss)

@@ -26,7 +26,7 @@ class Student(Phase):
     def stages(self, batch: Batch, turn: Turn) -> Iterator[Stage]:
         config = self.config.loss
         with self.part("student"):
-            output = self.nets["recognizer"](batch.clips)
+            output = self.nets["recognizer"](batch.clips, dropped=turn.dropped)
         class_loss = losses.classification(
             output.logits, batch.labels, label_smoothing=config.label_smoothing, compat=self.config.compat
         )

@@ -16,7 +16,7 @@ class Teacher(Phase):
 
     def stages(self, batch: Batch, turn: Turn) -> Iterator[Stage]:
         with self.part("student"):
-            output = self.nets["recognizer"](batch.clips)
+            output = self.nets["recognizer"](batch.clips, dropped=turn.dropped)
         loss = losses.classification(
             output.logits, batch.labels, label_smoothing=self.config.loss.label_smoothing, compat=self.config.compat
         )
