@@ -91,7 +91,8 @@ def train(phase: str, source: str, out: Path, resume: str, overrides: tuple[str,
     from .trainers.loop import train as run
 
     config = load(source, phase, overrides)
-    if resume == "never" and (out / "config.yaml").exists():
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun, after a rank has died
+    if resume == "never" and not restarted and (out / "config.yaml").exists():
         raise UserError(f"{out} holds a run already; choose another --out, or leave --resume never out to continue it")
     result = run(config, out, say=click.echo)
     if int(os.environ.get("RANK", "0")) == 0:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import socket
+import time
 import zlib
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -138,12 +139,12 @@ def process_lives(process: int) -> bool:
 
 @contextlib.contextmanager
 def locked(
-    folder: Path, busy: str, name: str = ".lock", shared: bool = False, wait: bool = False
+    folder: Path, busy: str, name: str = ".lock", shared: bool = False, wait: bool = False, patience: float = 0.0
 ) -> Iterator[None]:  # fmt: skip
     """Makes the folder and locks it against other processes; the lock goes with the process, however it ends.
 
-    shared: only against those that lock it unshared. A lock that is held is waited for, or a UserError with the text
-    `busy`.
+    shared: only against those that lock it unshared. A lock that is held is waited for, or for `patience` seconds, and
+    is a UserError with the text `busy` then.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -151,10 +152,20 @@ def locked(
     except OSError as error:
         raise UserError(explain_os_error(error, f"creating {folder}")) from None
     try:
-        try:
-            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise UserError(busy) from None
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise UserError(busy) from None
+                time.sleep(0.5)
+            except OSError as error:
+                raise UserError(
+                    f"{folder} cannot be locked ({error.strerror}); mount its file system with locks, Lustre with the "
+                    "option flock, or choose a folder on another one"
+                ) from None
         yield
     finally:
         os.close(handle)

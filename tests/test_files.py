@@ -1,8 +1,14 @@
+import contextlib
+import errno
 import os
 import subprocess
 import sys
+import threading
+
+import pytest
 
 from genkd import files
+from genkd.errors import UserError
 
 
 def test_what_a_killed_process_left_is_a_leftover_even_before_anybody_has_waited_for_it(tmp_path):
@@ -26,3 +32,28 @@ with replacing(Path({str(tmp_path / "shard.tar")!r})) as temporary:
     files.remove_leftovers(tmp_path, ["shard."])
     assert not os.listdir(tmp_path)
     writer.communicate()
+
+
+def test_a_lock_that_goes_in_time_is_taken(tmp_path):
+    """As a file server's of a node that is dead."""
+    with files.locked(tmp_path, "busy"):
+        with pytest.raises(UserError, match=r"^busy$"):
+            with files.locked(tmp_path, "busy", patience=0.6):
+                pass
+    held = contextlib.ExitStack()
+    held.enter_context(files.locked(tmp_path, "busy"))
+    threading.Timer(0.7, held.close).start()
+    with files.locked(tmp_path, "busy", patience=20):
+        pass
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    with pytest.raises(
+        UserError, match=f"{tmp_path} cannot be locked .Function not implemented.; mount its file system"
+    ):
+        with files.locked(tmp_path, "busy"):
+            pass

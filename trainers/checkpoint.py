@@ -23,7 +23,8 @@ _MARK = b"\ngenkd sha256 "  # then 32 bytes, of all that is before
 class Writer:
     """Saves checkpoints in a thread of its own, one at a time, from a copy on the host, while training goes on.
 
-    What goes wrong there is raised by the next call. finish() it, or close() where that no longer matters.
+    What goes wrong there is raised by the next call. check() it now and then; finish() it, or close() where that no
+    longer matters.
     """
 
     def __init__(self, folder: Path, keep: int):
@@ -35,6 +36,11 @@ class Writer:
         """Waits for the one before, copies the state, and returns. Raises UserError as save() does."""
         self.finish()
         self._pending = self._thread.submit(save, self._folder, step, _copied(state), self._keep)
+
+    def check(self) -> None:
+        """Raises UserError if what was given could not be written, as far as is known yet."""
+        if self._pending is not None and self._pending.done():
+            self.finish()
 
     def finish(self) -> None:
         """Until what was given is on the disk. Raises UserError as save() does."""
@@ -122,7 +128,7 @@ def newest(folder: Path) -> Path | None:
 def newest_sound(folder: Path) -> Path | None:
     """The newest checkpoint whose content is what was written; None if there is no checkpoint at all.
 
-    Damaged ones are renamed to *.damaged with a warning. Raises UserError if all are damaged.
+    Damaged ones are renamed to *.damaged with a warning. Raises UserError if none can be read.
     """
     found = _checkpoints(folder)
     for _, path in reversed(found):
@@ -132,6 +138,8 @@ def newest_sound(folder: Path) -> Path | None:
         except ValueError as error:
             log.warning("checkpoint %s is damaged (%s); trying the one before it", path, error)
             path.rename(path.with_name(path.name + ".damaged"))
+        except OSError as error:  # of the disk, or of the network to it
+            log.warning("checkpoint %s cannot be read (%s); trying the one before it", path, error.strerror or error)
     if found:
         raise UserError(f"no checkpoint in {folder} can be read; delete the run folder to begin again")
     return None

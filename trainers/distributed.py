@@ -13,6 +13,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -21,7 +22,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..configs.schema import RanksConfig
-from ..errors import UserError, explain_os_error
+from ..errors import Stopped, UserError, explain_os_error
 from . import affinity, rendezvous
 from .watchdog import Watchdog
 
@@ -35,8 +36,8 @@ _OWN_BUFFERS: dict[str, Any] = {
 
 # What PyTorch says in a rank whose peer is gone.
 _LOST = re.compile(
-    r"connection (was likely )?(closed|reset|refused)|pair closure|timed out waiting|broken pipe|failed to recv"
-    r"|NCCL (error|communicator was aborted)",
+    r"connection (was likely )?(closed|reset|refused|aborted)|pair closure|timed out|broken pipe|failed to recv"
+    r"|no route to host|network is (unreachable|down)|NCCL communicator was aborted",
     re.IGNORECASE,
 )
 
@@ -59,6 +60,16 @@ class Ranks:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def own_folder(self, shared: Path) -> Path:
+        """A folder for what the ranks of a host write together; hosts of several have one each below it, as pages of a
+        file that two of them map are not kept apart."""
+        return shared if self.one_host else shared / socket.gethostname()
+
+    @property
+    def one_host(self) -> bool:
+        """Whether all ranks are on this host, as far as torchrun tells."""
+        return _number("LOCAL_WORLD_SIZE", self.world_size) >= self.world_size
 
     def wrap(self, module: nn.Module, *, static: bool = False) -> nn.Module:
         """The module under DDP where there is more than one rank. static: each step uses the same parameters.
@@ -235,10 +246,11 @@ def _number(name: str, default: int) -> int:
 
 
 @contextlib.contextmanager
-def ranks(wanted_device: str, config: RanksConfig | None = None) -> Iterator[Ranks]:
+def ranks(wanted_device: str, config: RanksConfig | None = None, patience: int = 1) -> Iterator[Ranks]:
     """Joins the process group that torchrun describes (NCCL on GPUs, gloo on CPUs), if any, and leaves it after.
 
-    Raises UserError when the others cannot be reached, or are lost on the way.
+    patience: the most that the watchdog will be told to have. Raises UserError when the others cannot be reached, or
+    are lost on the way.
     """
     config = config or RanksConfig()
     world_size, rank, local_rank = _number("WORLD_SIZE", 1), _number("RANK", 0), _number("LOCAL_RANK", 0)
@@ -250,7 +262,7 @@ def ranks(wanted_device: str, config: RanksConfig | None = None) -> Iterator[Ran
         return
     _end_with_torchrun()
     # The watchdog speaks first: PyTorch's own time limit says neither who nor where.
-    limit = datetime.timedelta(seconds=2 * config.timeout_s)
+    limit = datetime.timedelta(seconds=2 * config.timeout_s * patience)
     store, control = rendezvous.join(device, limit)
     # Reading another rank's word must not wait behind a connection on which something else waits.
     watchdog = Watchdog(dist.PrefixStore("genkd", store.clone()), rank, world_size, config.timeout_s)
@@ -260,13 +272,27 @@ def ranks(wanted_device: str, config: RanksConfig | None = None) -> Iterator[Ran
     with watchdog:
         try:
             yield place
+        except Stopped:  # by all ranks together
+            watchdog.end()
+            dist.destroy_process_group()
+            raise
         except RuntimeError as error:
             if not isinstance(error, dist.DistError) and not _LOST.search(str(error)):
                 raise
-            reason = str(error).strip().splitlines()[0][:200]
-            raise UserError(
-                f"rank {rank} on {socket.gethostname()} has lost another rank ({reason}); torchrun begins again from "
-                "the newest checkpoint where --max-restarts allows it"
-            ) from None
-    # Not after an exception: leaving is collective, and the other ranks may be waiting elsewhere. torchrun ends them.
+            raise UserError(f"rank {rank} on {socket.gethostname()} {_what_failed(str(error))}") from None
+    # Not after other exceptions: leaving is collective, and other ranks may be waiting elsewhere. torchrun ends them.
     dist.destroy_process_group()
+
+
+def _what_failed(text: str) -> str:
+    """A sentence's end for an error of PyTorch's in what ranks do together."""
+    reason = (text.strip().splitlines() or ["no reason given"])[0][:200]
+    again = "torchrun begins again from the newest checkpoint where --max-restarts allows it"
+    if "NCCL" not in text or _LOST.search(text):
+        return f"has lost another rank ({reason}); {again}"
+    # NCCL's own reason comes last, and what it knows of another rank is not told apart.
+    last = " ".join(text.rpartition("Last error:")[2].split())[:300] if "Last error:" in text else ""
+    return (
+        f"got an error from NCCL ({reason}{': ' + last if last else ''}), by its own fault or with another rank that "
+        f"is lost; NCCL_DEBUG=INFO tells more; {again}"
+    )

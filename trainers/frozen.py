@@ -240,7 +240,8 @@ class TeacherCache:
             path, whole = self.folder / file, (*self._shape, *shape)
             # All of it is taken from the disk now: a full one would end the process at a later write to the mapping.
             # What other ranks have written stays.
-            with open(path, "ab") as handle:
+            path.touch()
+            with open(path, "r+b") as handle:  # not to append, which file systems without posix_fallocate refuse
                 os.posix_fallocate(handle.fileno(), 0, int(np.prod(whole)) * np.dtype(dtype).itemsize)
             self._files[file] = np.memmap(path, dtype, "r+", shape=whole)
         return self._files[file]

@@ -29,6 +29,8 @@ from .step import Stepper
 
 log = logging.getLogger(__name__)
 
+_PATIENCE = 10  # times ranks.timeout_s that compiling may take
+
 
 def train(config: TrainConfig, run: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Trains one phase in the run folder, or continues what is there; returns the content of its result.json.
@@ -45,7 +47,8 @@ def train(config: TrainConfig, run: Path, say: Callable[[str], None] = print) ->
         splits.append(config.data.eval_split)
     for split in splits:
         (detect.require_actions if config.detects else recognition.require_classes)(dataset, split)
-    with ranks(config.device, config.ranks) as place, backend.selected(config.kernels.backend):
+    patience = _PATIENCE if config.compile != "off" else 1
+    with ranks(config.device, config.ranks, patience) as place, backend.selected(config.kernels.backend):
         backend.require(config.kernels.backend, place.device.type)
         place.on_main(lambda: require(config))
         round_products(config.precision)
@@ -53,7 +56,11 @@ def train(config: TrainConfig, run: Path, say: Callable[[str], None] = print) ->
         resumed = checkpoint.newest(run / "checkpoints") is not None
         modality = "flow" if is_flow(dataset) else "rgb"
         phase = phases.build(config, tuple(dataset.classes), modality, resumed=resumed)
-        with contextlib.closing(_Trainer(config, run, dataset, phase, place, say)) as trainer:
+        runs.refuse_differences(place, config, dataset, phase)
+        with (
+            runs.out_of_memory(config, place),
+            contextlib.closing(_Trainer(config, run, dataset, phase, place, say)) as trainer,
+        ):
             with contextlib.ExitStack() as lock:
                 place.on_main(lambda: runs.adopt(lock, run, config))
                 result = place.on_main(lambda: runs.result_of(run))
@@ -84,7 +91,7 @@ class _Trainer:
         self.observers = Observers(config, run, place, phase)
         self.stepper = Stepper(config, phase, place, len(self.loader), self.observers.shared)
         if config.distill.teacher_cache and phase.teacher is not None:
-            folder, digest = Path(config.distill.teacher_cache), dataset.info["index_digest"]
+            folder, digest = place.own_folder(Path(config.distill.teacher_cache)), dataset.info["index_digest"]
             phase.teacher.remember(folder, digest, self.loader.rows, self.stepper.dtype)
         self.meter, self.selection = Meter(place), Selection(config.patience, self.metric)
         self.step, self.unevaluated = 0, 0
@@ -105,8 +112,8 @@ class _Trainer:
         self.resume()
         with runs.stop_signals() as self.stop, self._metrics() as metrics:
             self.clock = Clock(self.step, self.total_steps)
-            self.place.patient(10 if config.compile != "off" else 1)
-            compiled = self.step + 3
+            self.place.patient(_PATIENCE if config.compile != "off" else 1)
+            began = loader.epoch
             if self.unevaluated:
                 self.evaluate(metrics, self.unevaluated)
             while loader.epoch < config.epochs * config.passes and not self.selection.exhausted:
@@ -118,14 +125,13 @@ class _Trainer:
                     self.stepper.take(batch, draw, self.step, self.meter)
                     self.step += 1
                     self.observers.done(self.step)
-                    if self.step == compiled:
-                        self.place.patient(1)
                     self._clips += batch.total
                     if self.step % config.log_every == 0 or loader.batch == 0:
                         self.log(metrics, epoch)
                     if number := self.agree(self.stop.number):
                         self.save(evaluated=epoch - 1)
                         self.place.on_main(self.writer.finish)
+                        self.agree.close()
                         raise self._stopped(number)
                     if self.step % config.checkpoint_every == 0 or loader.batch == 0:
                         self.save(evaluated=epoch - 1)
@@ -133,10 +139,13 @@ class _Trainer:
                         self.place.progress("waits for its data", self.step, 5)
                 if (draw + 1) % config.passes == 0 and self._evaluates(epoch):
                     self.evaluate(metrics, epoch)
+                if draw - began >= config.passes - 1:
+                    self.place.patient(1)  # batches of every size have been compiled, each by itself
             return self.finish()
 
     def log(self, metrics: MetricsLog | None, epoch: int) -> None:
-        """Losses and speed since the last log step; stops a run that has diverged."""
+        """Losses and speed since the last log step; stops a run that has diverged, or whose state is not written."""
+        self.place.on_main(self.writer.check)
         values = self._finite(self.meter.take)
         values["lr"] = self.stepper.optimizers[self.phase.card.network].param_groups[0]["lr"]
         waited = self.loader.meter.wait_s
@@ -213,6 +222,7 @@ class _Trainer:
         to save has been saved before."""
         self.place.alive()
         if number := self.agree(self.stop.number):
+            self.agree.close()
             raise self._stopped(number)
 
     def _stopped(self, number: int) -> Stopped:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from .. import __version__
 from ..configs import load as configs
 from ..configs.schema import TrainConfig
 from ..errors import UserError
 from ..files import locked, read_json, remove_leftovers, write_atomically
+from ..preprocessing.shards import Dataset
+from .distributed import Ranks
+from .phases import Phase
 
-# Keys that may change between a run and its resumption: what is computed stays the same, but for rounding, and under
-# `compile` for dropout's masks.
+# Keys that may change between a run and its resumption: what is computed stays the same, but for rounding.
 FREE_KEYS = (
     "log_every",
     "checkpoint_every",
@@ -42,7 +49,10 @@ FREE_KEYS = (
 
 def adopt(lock: contextlib.ExitStack, run: Path, config: TrainConfig) -> None:
     """Locks the folder; begins it with this configuration, or checks that it was begun with it."""
-    lock.enter_context(locked(run, f"another process is training in {run}; wait for it, or choose another --out"))
+    # The file server of a cluster may keep a dead node's lock for a while.
+    patience = 120.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
+    busy = f"another process is training in {run}; wait for it, or choose another --out"
+    lock.enter_context(locked(run, busy, patience=patience))
     for folder in (run, run / "checkpoints", run / "weights", run / "best"):
         remove_leftovers(folder)
     begun = (run / "metrics.jsonl").is_file() or (run / "checkpoints").is_dir()
@@ -60,6 +70,40 @@ def adopt(lock: contextlib.ExitStack, run: Path, config: TrainConfig) -> None:
     if strangers:
         raise UserError(f"{run} is not empty and holds no training run (found {strangers[0]!r}); choose another --out")
     write_atomically(run / "config.yaml", configs.dump(config).encode())
+
+
+def refuse_differences(place: Ranks, config: TrainConfig, dataset: Dataset, phase: Phase) -> None:
+    """Raises UserError on every rank where ranks do not train the same thing on the same data."""
+    about = {
+        "genkd": __version__, "torch": torch.__version__, "index of the data set": dataset.info["index_digest"],
+        "teacher": phase.teacher.digest if phase.teacher else "",
+    }  # fmt: skip
+    (main, known, expected), *others = place.gather((socket.gethostname(), config, about))
+    for rank, (host, other, found) in enumerate(others, 1):
+        changed = [line for line in configs.differences(known, other) if not line.startswith(FREE_KEYS)]
+        changed += [
+            f"{name}: {expected[name][:20]} -> {found[name][:20]}" for name in about if expected[name] != found[name]
+        ]
+        if changed:
+            raise UserError(
+                f"rank {rank} on {host} differs from rank 0 on {main} ({'; '.join(changed[:4])}); start all nodes with "
+                "the same command, data and versions"
+            )
+
+
+@contextlib.contextmanager
+def out_of_memory(config: TrainConfig, place: Ranks) -> Iterator[None]:
+    """Raises as UserError that the GPU's memory is not enough."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        share = -(-config.batch_size // place.world_size)
+        at_once = min(share, config.micro_batch or share)
+        raise UserError(
+            f"rank {place.rank} on {socket.gethostname()}: the memory of {place.device} does not hold {at_once} clips "
+            f"at once ({str(error).strip().splitlines()[0][:200]}); begin with a smaller batch_size, with micro_batch "
+            f"below {at_once}, or with more GPUs"
+        ) from None
 
 
 def result_of(run: Path) -> dict[str, Any] | None:

@@ -1,5 +1,6 @@
 import errno
 import threading
+import time
 
 import pytest
 import torch
@@ -42,6 +43,22 @@ def test_a_damaged_newest_falls_back_with_a_warning(tmp_path, caplog, spoil):
     assert str(path) in caplog.text
     checkpoint.save(tmp_path, 2, {"step": 2}, keep=1)
     assert load_newest(tmp_path)["step"] == 2
+
+
+def test_a_newest_that_the_disk_does_not_give_is_passed_over(tmp_path, caplog, monkeypatch):
+    paths = [checkpoint.save(tmp_path, step, {"step": step}, keep=2) for step in (1, 2)]
+
+    def refuse(path):
+        if path == paths[1]:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(checkpoint, "_refuse_damaged", refuse)
+    assert checkpoint.newest_sound(tmp_path) == paths[0]
+    assert "step-00000002.pt cannot be read (Input/output error); trying the one before it" in caplog.text
+    assert paths[1].exists()  # it may be the network's fault
+    monkeypatch.setattr(checkpoint, "_refuse_damaged", lambda path: refuse(paths[1]))
+    with pytest.raises(UserError, match=r"no checkpoint in .* can be read"):
+        checkpoint.newest_sound(tmp_path)
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path, caplog):
@@ -94,6 +111,23 @@ def test_a_writer_tells_of_a_full_disk_with_its_next_call(small_disk):
     with pytest.raises(UserError, match="no space left on the disk while writing checkpoint"):
         writer.save(2, {"x": torch.zeros(1)})
     writer.close()
+
+
+def test_a_look_at_the_writer_tells_of_a_full_disk_without_waiting(small_disk, monkeypatch):
+    folder, go, save = small_disk("300k"), threading.Event(), checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda *arguments: (go.wait(20), save(*arguments)))
+    writer = checkpoint.Writer(folder, 2)
+    try:
+        writer.save(1, {"x": torch.ones(100_000)})
+        writer.check()
+        go.set()
+        with pytest.raises(UserError, match="no space left"):
+            for _ in range(200):
+                writer.check()
+                time.sleep(0.05)
+        writer.check()
+    finally:
+        writer.close()
 
 
 def test_a_step_saved_again_in_vain_leaves_what_was_there(tmp_path, monkeypatch):

@@ -1,14 +1,19 @@
 """Where ranks run, how they meet, and how one that is missing is named; without processes."""
 
+import socket
 import threading
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from genkd.trainers import affinity
+from genkd.errors import UserError
+from genkd.trainers import affinity, distributed, runs
 from genkd.trainers.affinity import Cores
+from genkd.trainers.distributed import Ranks
 from genkd.trainers.rendezvous import agree_on_prefix
 from genkd.trainers.watchdog import Watchdog
 
@@ -153,3 +158,92 @@ def test_who_goes_on_is_left_alone(store, capsys):
             time.sleep(0.1)
             dog.alive()
     assert not left and not capsys.readouterr().err
+
+
+def test_a_suspended_process_does_not_count_the_time(store, capsys):
+    """As under `scontrol suspend`: what was waited is the suspension, and after it all have their time again."""
+    left: list[int] = []
+    dog = Watchdog(store.clone(), 0, 1, 1.0, left.append)
+    wait, waits = dog._end.wait, iter([3.0])
+
+    def overslept(seconds):
+        time.sleep(next(waits, 0.0))
+        return wait(seconds)
+
+    dog._end.wait = overslept
+    with dog:
+        dog.progress("computes", 1)
+        time.sleep(3.6)  # the limit is long past, but not since it woke
+        assert not left
+        deadline = time.monotonic() + 15
+        while not left and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert left and "computes" in capsys.readouterr().err
+
+
+def test_a_rank_on_another_kind_of_device_is_named(store):
+    store.set("genkd/name1", "0123 cpu node7")
+    with pytest.raises(UserError, match="rank 1 on node7 would train on cpu, rank 0 on node3 on cuda; see with `genkd"):
+        agree_on_prefix(store, 0, 2, 5.0, "cuda node3")
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (
+            "[gloo/pair.cc:553] Connection closed by peer [10.0.0.3]:22186. This is\ntypical",
+            "has lost another rank ([gloo",
+        ),
+        ("Timed out waiting 1200000ms for recv operation", "has lost another rank (Timed"),
+        ("read: No route to host", "has lost another rank (read"),
+        (
+            "NCCL error in: ProcessGroupNCCL.cpp:94, unhandled system error, NCCL version 2.27\nncclSystemError: ...\n"
+            "Last error:\nError while creating shared memory segment\n/dev/shm/nccl-x (size 33)",
+            "got an error from NCCL (NCCL error in: ProcessGroupNCCL.cpp:94, unhandled system error, NCCL version "
+            "2.27: "
+            "Error while creating shared memory segment /dev/shm/nccl-x (size 33)), by its own fault",
+        ),
+        ("NCCL communicator was aborted on rank 3.", "has lost another rank (NCCL"),
+    ],
+)
+def test_lost_ranks_and_errors_of_nccl_are_told_apart(said, told):
+    assert distributed._what_failed(said).startswith(told)
+
+
+def place_of(rank, others, monkeypatch, host="node1"):
+    """A rank of several, to whom the others tell what is given."""
+    place = Ranks(rank, 1 + len(others), torch.device("cpu"))
+    monkeypatch.setattr(Ranks, "gather", lambda self, value: [value, *others])
+    monkeypatch.setattr(runs.socket, "gethostname", lambda: host)
+    return place
+
+
+def test_ranks_that_would_train_something_else_are_refused(tiny, data, monkeypatch):
+    config, phase = tiny("teacher"), SimpleNamespace(teacher=None)
+    about = {"genkd": runs.__version__, "torch": torch.__version__, "teacher": "",
+             "index of the data set": data.info["index_digest"]}  # fmt: skip
+    same = ("node2", tiny("teacher", "log_every=7"), about)
+    runs.refuse_differences(place_of(0, [same], monkeypatch), config, data, phase)
+    for other, words in (
+        (("node2", tiny("teacher", "seed=5"), about), r"rank 2 on node2 differs from rank 0 on node1 \(seed: 0 -> 5\)"),
+        (
+            ("node2", config, {**about, "index of the data set": "abc"}),
+            r"\(index of the data set: sha256:\w{13} -> abc\)",
+        ),
+        (("node2", config, {**about, "torch": "1.0"}), r"\(torch: .* -> 1\.0\); start all nodes with the same"),
+    ):
+        with pytest.raises(UserError, match=words):
+            runs.refuse_differences(place_of(0, [same, other], monkeypatch), config, data, phase)
+
+
+def test_memory_that_is_not_enough_is_one_sentence(tiny):
+    with pytest.raises(UserError, match=r"rank 0 on .*: the memory of cpu does not hold 4 clips at once \(CUDA out of"):
+        with runs.out_of_memory(tiny("teacher"), Ranks(0, 1, torch.device("cpu"))):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+
+
+def test_hosts_have_folders_of_their_own_where_there_are_several(monkeypatch):
+    place = Ranks(0, 4, torch.device("cpu"))
+    for local, found in (("4", "cache"), ("2", f"cache/{socket.gethostname()}")):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+        assert place.own_folder(Path("cache")) == Path(found)
