@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -167,10 +168,36 @@ def test_torchrun_and_genkd_take_the_command(node, name, head):
 
 
 def test_the_rendezvous_is_on_one_node(node):
-    script = script_of(node, "kubernetes-train")
-    node.finish(script, behave=f"touch {node.run}/result.json", JOB_COMPLETION_INDEX="1")
+    script, door = other_pods_script(node)
+    with door:
+        door.listen()
+        node.finish(script, behave=f"touch {node.run}/result.json", JOB_COMPLETION_INDEX="1")
     (arguments,) = node.notes("torchrun")
     assert get_args_parser().parse_args(arguments).rdzv_conf == "is_host=0"
+
+
+def other_pods_script(node):
+    """The script, with another address for that of the first pod, and a socket that is bound to it."""
+    door = socket.socket()
+    door.bind(("127.0.0.1", 0))
+    script, port = script_of(node, "kubernetes-train").replace("sleep 5", "sleep 0.1"), door.getsockname()[1]
+    assert "/dev/tcp/job-0.job/29400" in script
+    return script.replace("/dev/tcp/job-0.job/29400", f"/dev/tcp/127.0.0.1/{port}"), door
+
+
+def test_a_pod_waits_for_the_first_one(node):
+    script, door = other_pods_script(node)
+    with door:
+        process = node.start(script, behave=f"touch {node.run}/result.json", JOB_COMPLETION_INDEX="1")
+        time.sleep(1)
+        assert process.poll() is None and not node.notes("torchrun")
+        door.listen()
+        assert process.wait(30) == 0 and len(node.notes("torchrun")) == 1
+    (node.run / "result.json").unlink()
+    process = node.start(script, JOB_COMPLETION_INDEX="1")
+    time.sleep(1)
+    process.terminate()
+    assert process.wait(30) == 75 and len(node.notes("torchrun")) == 1
 
 
 @pytest.mark.parametrize("name", ["slurm-shard", "kubernetes-shard"])
