@@ -47,6 +47,7 @@ data: {clip_length: 16, size: 32, scales: [1.0, 0.875]}
 model: {width: 0.25, bn_momentum: 0.1}
 optimizer: {name: adamw, lr: 0.001}
 """
+BATCH = 8  # as in CONFIG
 TIMEOUT = 20.0  # ranks.timeout_s
 LOOK = 2.0  # seconds from one look at the processes to the next
 RECENT = 1 << 16  # bytes of a record that surely hold its newest step
@@ -57,6 +58,7 @@ class Run:
 
     def __init__(self, root: Path, name: str, data: Path, epochs: int, ranks: int):
         self.folder, self.data, self.epochs, self.ranks = root / name, data, epochs, ranks
+        self.last = epochs * -(-len(Dataset.open(data).rows("train")) // BATCH)  # its last step
         self.record, self.log = root / f"{name}.jsonl", root / f"{name}.log"
         self.config = root / "config.yaml"
         self.config.write_text(CONFIG, encoding="utf-8")
@@ -67,6 +69,11 @@ class Run:
     @property
     def finished(self) -> bool:
         return (self.folder / "result.json").is_file()
+
+    @property
+    def ending(self) -> bool:
+        """Whether a fault might come too late for it."""
+        return self.steps + 1 >= self.last - 10
 
     @property
     def checkpoints(self) -> list[Path]:
@@ -228,8 +235,7 @@ def disturbed(run: Run, every: float, chance: random.Random, limit: float) -> li
         if run.process.poll() is not None and not run.finished:
             run.start()
         run.look()
-        alive = len(run.rank_processes()) == run.ranks and run.checkpoints
-        if time.monotonic() >= due and alive and not run.finished:
+        if time.monotonic() >= due and run.checkpoints and not run.ending and len(run.rank_processes()) == run.ranks:
             fault = FAULTS[len(told) % len(FAULTS)]
             before, began, written, attempt = run.steps, time.monotonic(), run.written, run.attempt
             said = fault(run, chance)
