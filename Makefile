@@ -21,7 +21,7 @@ demo: $(READY)
 
 test: $(READY)
 	@# A worker a core, but no more than four: many tests start processes of their own.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist worksteal \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist worksteal --durations 15 \
 	  -m "not gpu and not slow and not multihost"
 
 lint: $(READY)

@@ -105,6 +105,7 @@ class Ranks:
             return [value]
         values: list = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.control)
+        self.alive()  # as all have just been, also where none has gone on to another place, as at the start
         return values
 
     def on_main(self, action: Callable[[], _T]) -> _T:
