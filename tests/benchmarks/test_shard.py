@@ -134,7 +134,7 @@ shared = bytearray(os.urandom(1000)) * 60_000
 for _ in range(2):
     if not os.fork():
         own = bytearray(os.urandom(1000)) * 30_000
-        time.sleep(1)
+        time.sleep(3)
         os._exit(0)
 for _ in range(2):
     os.wait()
