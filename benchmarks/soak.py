@@ -50,6 +50,7 @@ optimizer: {name: adamw, lr: 0.001}
 BATCH = 8  # as in CONFIG
 TIMEOUT = 20.0  # ranks.timeout_s
 LOOK = 2.0  # seconds from one look at the processes to the next
+SPAN = click.FloatRange(0, min_open=True)
 RECENT = 1 << 16  # bytes of a record that surely hold its newest step
 
 
@@ -333,9 +334,11 @@ def soak(out: Path, *, minutes: float, every: float, ranks: int, seed: int, at_o
 
 @click.command(help=__doc__)
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--minutes", default=120.0, show_default=True, help="About as long as the disturbed run takes.")
+@click.option(
+    "--minutes", default=120.0, show_default=True, type=SPAN, help="About as long as the disturbed run takes."
+)
 @click.option("--at-once", is_flag=True, help="Run both at the same time, which shares the processor between them.")
-@click.option("--every", default=120.0, show_default=True, help="Seconds from one fault to the next.")
+@click.option("--every", default=120.0, show_default=True, type=SPAN, help="Seconds from one fault to the next.")
 @click.option("--ranks", default=2, show_default=True, type=click.IntRange(1))
 @click.option("--seed", default=0, show_default=True)
 def main(out: Path, minutes: float, at_once: bool, every: float, ranks: int, seed: int) -> None:  # noqa: D103

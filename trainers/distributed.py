@@ -64,12 +64,8 @@ class Ranks:
     def own_folder(self, shared: Path) -> Path:
         """A folder for what the ranks of a host write together; hosts of several have one each below it, as pages of a
         file that two of them map are not kept apart."""
-        return shared if self.one_host else shared / socket.gethostname()
-
-    @property
-    def one_host(self) -> bool:
-        """Whether all ranks are on this host, as far as torchrun tells."""
-        return _number("LOCAL_WORLD_SIZE", self.world_size) >= self.world_size
+        one_host = _number("LOCAL_WORLD_SIZE", self.world_size) >= self.world_size
+        return shared if one_host else shared / socket.gethostname()
 
     def wrap(self, module: nn.Module, *, static: bool = False) -> nn.Module:
         """The module under DDP where there is more than one rank. static: each step uses the same parameters.

@@ -111,6 +111,27 @@ def _ip(*arguments: str) -> None:
         raise OSError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
 
 
+# 10 training videos: batches of 6 and 4, which 3 ranks and 2 can share. Slow enough to be disturbed.
+TINY = """
+batch_size: 6
+log_every: 1
+checkpoint_every: 2
+tensorboard: false
+precision: fp32
+data: {clip_length: 16, size: 32, scales: [1.0, 0.875]}
+model: {width: 0.25, bn_momentum: 0.1}
+optimizer: {name: sgd, lr: 0.01}
+"""
+
+
+@pytest.fixture
+def tiny_yaml(tmp_path) -> Path:
+    """That configuration, as a file."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    return path
+
+
 @pytest.fixture
 def hosts():
     """Three hosts."""

@@ -45,16 +45,6 @@ NodeName=node1 NodeAddr=10.83.0.2 CPUs=2 Gres=gpu:1 State=UNKNOWN
 NodeName=node2 NodeAddr=10.83.0.3 CPUs=2 Gres=gpu:1 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
-CONFIG = """
-batch_size: 8
-epochs: 25
-log_every: 1
-checkpoint_every: 5
-tensorboard: false
-precision: fp32
-data: {clip_length: 16, size: 32, scales: [1.0, 0.875]}
-model: {width: 0.25, bn_momentum: 0.1}
-"""
 
 
 class Slurm:
@@ -162,12 +152,10 @@ def test_an_array_of_jobs_shards_a_data_set(slurm, videos, data, tmp_path):
 
 
 @pytest.mark.timeout(900)
-def test_training_goes_on_after_a_signal_and_after_the_death_of_a_node(slurm, data, tmp_path):
-    (tmp_path / "config.yaml").write_text(CONFIG)
+def test_training_goes_on_after_a_signal_and_after_the_death_of_a_node(slurm, data, tiny_yaml, tmp_path):
+    tiny_yaml.write_text(tiny_yaml.read_text() + "epochs: 25\n")
     run = tmp_path / "run"
-    path = script(
-        slurm, "slurm-train", PHASE="representation", CONFIG=tmp_path / "config.yaml", RUN=run, DATASET=data.path
-    )
+    path = script(slurm, "slurm-train", PHASE="representation", CONFIG=tiny_yaml, RUN=run, DATASET=data.path)
     job = slurm.submit("--gpus-per-node=1", "--time=60", path)
     log = slurm.root / f"genkd-train-{job}.log"
 
