@@ -169,6 +169,7 @@ def test_training_goes_on_after_a_signal_and_after_the_death_of_a_node(slurm, da
 
     def resumed(after):
         slurm.until(lambda: slurm.states(job) == ["PENDING"], 120)
+        time.sleep(8)  # longer than cred_expire, before which the nodes take the job for the one that has ended
         slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
         slurm.until(lambda: steps()[-1] > after, 180)
 
