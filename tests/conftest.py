@@ -1,59 +1,115 @@
-"""Data for the tests: small synthetic videos and their shards, made once a session."""
+"""What all tests share: synthetic videos and their shards, the command line, FFmpeg, and why tests were skipped."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import random
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
 import urllib.request
+from collections import Counter
 from pathlib import Path
 
-import pytest
+# Each worker computes in one thread, and so do the processes that tests start: the workers share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest
+from click.testing import CliRunner
+
+from genkd.cli import main
 from genkd.preprocessing import plan, sources
 from genkd.preprocessing.convert import convert
 from genkd.preprocessing.shards import Dataset
 from genkd.preprocessing.synthetic import SynthSettings, synthesize
 from genkd.preprocessing.video import VideoSettings
+from genkd.tests.support import processes
+from genkd.tests.support.shared import SharedFolders
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 # Ten classes of five videos: groups of four and one, so 10 test and 40 train videos or the other way round.
 SYNTH = SynthSettings(videos_per_class=5, seconds=1.6, fps=25, width=64, height=48, test_share=0.5)
+# The files that take longest, which begin first, so that no worker is left with one at the end.
+LONGEST = ("test_loop", "test_ranks", "test_recipes", "test_export", "test_detection", "test_reference")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption(
+        "--shuffle-files", metavar="SEED", help="Run the files in a random order instead of the longest ones first."
+    )
+
+
+def pytest_configure(config):
+    """FFmpeg's command comes from a package, as another version than a system's may judge videos differently."""
+    if importlib.util.find_spec("imageio_ffmpeg"):
+        import imageio_ffmpeg
+
+        folder = tempfile.TemporaryDirectory(prefix="genkd-ffmpeg-")
+        config.add_cleanup(folder.cleanup)
+        os.symlink(imageio_ffmpeg.get_ffmpeg_exe(), Path(folder.name, "ffmpeg"))
+        os.environ["PATH"] = os.pathsep.join((folder.name, os.path.dirname(sys.executable), os.environ["PATH"]))
+
+
+def pytest_collection_modifyitems(config, items):
     import torch
 
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if item.get_closest_marker("ffmpeg") and not shutil.which("ffmpeg"):
+            item.add_marker(pytest.mark.skip(reason="needs FFmpeg: pip install imageio-ffmpeg"))
+    if seed := config.getoption("--shuffle-files"):
+        names = sorted({item.path for item in items})
+        random.Random(seed).shuffle(names)
+        place = {path: number for number, path in enumerate(names)}
+    else:
+        place = {item.path: LONGEST.index(item.path.stem) - 99 for item in items if item.path.stem in LONGEST}
+    items.sort(key=lambda item: place.get(item.path, 0))  # in a file as they stand there
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Of the tests that were skipped the reasons, with their counts."""
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.getreports("skipped"))
+    if reasons:
+        terminalreporter.section(f"{sum(reasons.values())} skipped")
+        for reason, count in reasons.most_common():
+            terminalreporter.line(f"{count:5}  {reason}")
 
 
 @pytest.fixture(scope="session")
-def videos(tmp_path_factory) -> Path:
+def shared_folder(tmp_path_factory):
+    """A function: name, make -> the folder that make(folder) has made, once for all workers."""
+    base = tmp_path_factory.getbasetemp()
+    folders = SharedFolders((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared")
+    yield folders
+    folders.assert_untouched()
+
+
+@pytest.fixture(scope="session")
+def videos(shared_folder) -> Path:
     """The AVI files of a small synthetic data set, UCF101 layout."""
-    out = tmp_path_factory.mktemp("synth") / "videos"
-    synthesize(out, SYNTH, workers=2)
-    return out
+    return shared_folder("videos", lambda out: synthesize(out, SYNTH, workers=0))
 
 
 @pytest.fixture(scope="session")
-def shard_sets(videos, tmp_path_factory):
+def shard_sets(videos, shared_folder):
     """A function: codec -> the synthetic videos as an opened data set with that codec, GOP 8, 3 videos a shard."""
-    made: dict[str, Dataset] = {}
+    opened: dict[str, Dataset] = {}
 
     def get(codec: str) -> Dataset:
-        if codec not in made:
-            out = tmp_path_factory.mktemp("data") / codec
+        def make(out):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(plan, "MIN_SHARDS", 16)
-                convert(sources.ucf101(videos), out, VideoSettings(codec, short_side=48, gop=8), workers=2)
-            made[codec] = Dataset.open(out)
-        return made[codec]
+                convert(sources.ucf101(videos), out, VideoSettings(codec, short_side=48, gop=8), workers=0)
+
+        if codec not in opened:
+            opened[codec] = Dataset.open(shared_folder(f"shards-{codec}", make))
+        return opened[codec]
 
     return get
 
@@ -92,16 +148,28 @@ def real_data() -> Path:
 
 
 @pytest.fixture
-def genkd(tmp_path):
-    """Runs the command line in a process of its own; returns the finished process."""
+def genkd(tmp_path, monkeypatch):
+    """Runs the command line in this process, in tmp_path; returns what a finished process would be."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object, check: bool = True) -> subprocess.CompletedProcess:
+        result = CliRunner().invoke(main, list(map(str, arguments)), prog_name="genkd")
+        stderr = result.stderr
+        if result.exception and not isinstance(result.exception, SystemExit):
+            stderr += "".join(traceback.format_exception(result.exception))
+        if check and result.exit_code:
+            raise AssertionError(f"genkd {arguments} exited with {result.exit_code}:\n{result.stdout}\n{stderr}")
+        return subprocess.CompletedProcess(arguments, result.exit_code, result.stdout, stderr)
+
+    return run
+
+
+@pytest.fixture
+def genkd_process(tmp_path):
+    """The same in a process of its own, for what depends on one."""
 
     def run(*arguments: object, check: bool = True, **options) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "genkd", *map(str, arguments)]
-        options = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 240, **options}
-        done = subprocess.run(command, **options)
-        if check and done.returncode:
-            raise AssertionError(f"{' '.join(command)} exited with {done.returncode}:\n{done.stdout}\n{done.stderr}")
-        return done
+        return processes.run("-m", "genkd", *arguments, check=check, **{"cwd": tmp_path, **options})
 
     return run
 

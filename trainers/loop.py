@@ -323,6 +323,7 @@ class _Trainer:
                 raise self._diverged(f"by step {self.step}: the {name}'s weights are not finite")
 
     def _diverged(self, how: str) -> UserError:
+        self.writer.close()  # the newest state may still be on its way to the disk
         last = checkpoint.newest(self.run / "checkpoints")
         state = f"the last good state is {last}" if last else "no state had been saved before"
         rate = "optimizer.lr or cvae_optimizer.lr" if "cvae" in self.phase.modules else "optimizer.lr"

@@ -17,8 +17,6 @@ from genkd.errors import UserError
 from genkd.preprocessing import sources
 from genkd.preprocessing.video import transcode
 
-needs_ffmpeg = pytest.mark.skipif(not shutil.which("ffmpeg"), reason="needs the ffmpeg command")
-
 
 @pytest.fixture(scope="module")
 def few(videos, tmp_path_factory):
@@ -77,7 +75,7 @@ def test_targets_are_ratios_of_medians():
     }
 
 
-@needs_ffmpeg
+@pytest.mark.ffmpeg
 @pytest.mark.parametrize("size", [(64, 48), (48, 64), (50, 36)])
 def test_the_peers_transcode_has_the_settings_of_the_others(tmp_path, size):
     path = tmp_path / "in.avi"
@@ -102,7 +100,7 @@ def _x264_options(payload):
     return dict(option.split("=") for option in text.split())
 
 
-@needs_ffmpeg
+@pytest.mark.ffmpeg
 def test_all_encode_with_the_same_options(few, tmp_path):
     source = sources.folder(few)
     job = replace(shard._job(source, 1), out=str(tmp_path), frames_log=str(tmp_path / "log"))

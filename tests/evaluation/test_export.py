@@ -2,7 +2,6 @@ import contextlib
 import hashlib
 import json
 import re
-import subprocess
 import sys
 
 import numpy as np
@@ -17,6 +16,7 @@ from genkd.errors import UserError
 from genkd.evaluation import export as exporting
 from genkd.evaluation import formats, model_card, recognition
 from genkd.models.checkpoints import ModelCard, load_recognizer, save_weights
+from genkd.tests.support import processes
 from genkd.trainers.loop import train
 
 ALL = ("safetensors", "torch-export", "onnx")
@@ -135,17 +135,15 @@ def test_the_card_tells_what_is_known(run, exported, data):
 
 
 @needs_onnx
-def test_the_readmes_snippets_run(exported):
+def test_the_readmes_snippets_run(exported, tmp_path):
     out, values = exported
     page = (out / "README.md").read_text()
     snippets = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
     assert len(snippets) == 3
-    # In one process, as each would import torch again, but each with names of its own.
-    done = subprocess.run(
-        [sys.executable, "-c", f"for snippet in {snippets!r}: exec(snippet, {{}}); print('---')"],
-        cwd=out, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    # In one process, but each with names of its own.
+    script = tmp_path / "snippets.py"
+    script.write_text(f"for snippet in {snippets!r}:\n    exec(snippet, {{}})\n    print('---')\n")
+    done = processes.run(script, cwd=out, check=True)
     parts = [part.split("\n") for part in done.stdout.split("\n---\n")[:-1]]
     assert [len(lines) for lines in parts] == [2, 2, 2] and {line for p in parts for line in p} <= set(
         values["classes"]

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from genkd.preprocessing.shards import Dataset
+from genkd.tests.support import processes
+from genkd.tests.support.processes import TORCHRUN
 
 # 10 training videos, 3 steps an epoch of batches of 4, 4 and 2. Nothing depends on how a batch is shared out.
 CONFIG = """
@@ -68,16 +67,11 @@ class Runs:
     def start(self, name, *overrides, ranks=2, fault="", restarts=0, phase="representation", **options):
         script = self.folder / f"{name}.py"
         script.write_text(SCRIPT.replace("{fault}", fault))
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
-            "--max-restarts", str(restarts), str(script), str(self.folder / f"{name}.jsonl"), "train", phase,
-            "--config", str(self.config), "--out", str(self.folder / name),
-            f"data.dataset={self.data.path}", *overrides,
-        ]  # fmt: skip
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options
-        )
+        return processes.start(
+            *TORCHRUN, ranks, "--max-restarts", restarts, script, self.folder / f"{name}.jsonl", "train", phase,
+            "--config", self.config, "--out", self.folder / name, f"data.dataset={self.data.path}", *overrides,
+            **options,
+        )  # fmt: skip
 
     def run(self, name, *overrides, check=True, **options):
         """(exit code, what was said) of a finished run."""

@@ -7,14 +7,14 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
-import threading
 import time
 
 import numpy as np
 import pytest
 from safetensors.torch import load_file
+
+from genkd.tests.support import processes
+from genkd.tests.support.processes import wait_until
 
 KILLED = """
 def in_step(rank, step, attempt):
@@ -61,19 +61,16 @@ def before_step(rank, step, attempt):
         {fault}
 """
     process = runs.start("run", "ranks.timeout_s=15", fault=hang)
-    told: list[str] = []
-    reader = threading.Thread(target=lambda: told.extend(iter(process.stderr.readline, "")))
-    reader.start()
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
-        if any("ranks.timeout_s=15" in line for line in told) and "SIGSTOP" in fault:
+        if "SIGSTOP" in fault and "ranks.timeout_s=15" in process.stderr.read_text():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int((runs.folder / "run.py.pid").read_text()), signal.SIGCONT)  # or torchrun waits 30 s for it
         time.sleep(0.2)
     process.kill()
-    reader.join(20)
+    process.wait(20)
     assert process.returncode not in (0, -signal.SIGKILL)
-    said = "".join(told)
+    said = process.stderr.read_text()
     assert re.search(r"rank 0 has waited \d+ s while it (computes|adds up gradients with the others) \(step 3\)", said)
     for text in words:
         assert text.replace("HOST", socket.gethostname()) in said
@@ -106,15 +103,11 @@ def before_step(rank, step, attempt):
 """
     process = runs.start("run", "epochs=30", fault=slow)
     pids = runs.folder / "run.jsonl.pids"
-    deadline = time.monotonic() + 100
-    while time.monotonic() < deadline and (not pids.exists() or len(pids.read_text().split()) < 4):
-        time.sleep(0.1)
+    wait_until(lambda: pids.exists() and len(pids.read_text().split()) >= 4, process=process)
     process.kill()
     numbers = set(map(int, pids.read_text().split()))
     assert len(numbers) == 2
-    while time.monotonic() < deadline and any(os.path.exists(f"/proc/{number}") for number in numbers):
-        time.sleep(0.1)
-    assert not any(os.path.exists(f"/proc/{number}") for number in numbers)
+    wait_until(lambda: not any(os.path.exists(f"/proc/{number}") for number in numbers))
     steps = len(list(map(json.loads, (runs.folder / "run" / "metrics.jsonl").open())))
     assert 0 < steps < 60 and (runs.folder / "run" / "checkpoints" / f"step-{steps:08d}.pt").exists()
 
@@ -140,11 +133,10 @@ def test_other_ranks_that_never_come(runs):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, "-m", "genkd", "train", "teacher", "--config", str(runs.config), "--out", "run",
-               f"data.dataset={runs.data.path}", "ranks.timeout_s=1"]  # fmt: skip
-    done = subprocess.run(
-        command, cwd=runs.folder, env={**os.environ, **place}, capture_output=True, text=True, timeout=100
-    )
+    done = processes.run(
+        "-m", "genkd", "train", "teacher", "--config", runs.config, "--out", "run", f"data.dataset={runs.data.path}",
+        "ranks.timeout_s=1", cwd=runs.folder, env={**os.environ, **place},
+    )  # fmt: skip
     assert done.returncode == 1
     assert f"no rendezvous with the other ranks at 127.0.0.1:{port}" in done.stderr and "Traceback" not in done.stderr
     assert not (runs.folder / "run").exists()

@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-import subprocess
 import sys
 import time
 
@@ -12,6 +11,7 @@ import torch
 from genkd.errors import UserError
 from genkd.kernels import attention_kd, backend
 from genkd.kernels import compile as compiler
+from genkd.tests.support import processes
 
 pytest.importorskip("cuda.core")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
@@ -113,15 +113,13 @@ def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path, caplog):
 
 
 def test_ranks_may_compile_at_the_same_time(tmp_path):
-    code = (
-        "import sys; from genkd.kernels import compile as c; from hashlib import sha256;"
-        f"print(sha256(c.cached('boundary_max_pool', {POOL!r}, 'sm_90')).hexdigest())"
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "from hashlib import sha256\nfrom genkd.kernels import compile as c\n"
+        f"print(sha256(c.cached('boundary_max_pool', {POOL!r}, 'sm_90')).hexdigest())\n"
     )
-    environment = {"GENKD_CACHE": str(tmp_path), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(3)
-    ]
+    environment = {"GENKD_CACHE": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    ranks = [processes.start(script, env=environment) for _ in range(3)]
     assert len({rank.communicate()[0] for rank in ranks}) == 1 and not any(rank.returncode for rank in ranks)
     assert len(list((tmp_path / "kernels").iterdir())) == 1
 

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import errno
 import io
@@ -7,7 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,6 +22,8 @@ from genkd.preprocessing import plan, shards, sources
 from genkd.preprocessing.convert import convert
 from genkd.preprocessing.shards import Dataset
 from genkd.preprocessing.video import VideoSettings
+from genkd.tests.support import processes
+from genkd.tests.support.processes import wait_until
 
 SETTINGS = VideoSettings("mjpeg", short_side=48)
 
@@ -67,8 +69,7 @@ def slow_plain(videos, tmp_path_factory):
 
 
 def slow_command(videos, out):
-    command = [sys.executable, "-m", "genkd", "shard", "ucf101", videos, out, "--codec", "vp9", "--short-side", "128"]
-    return [str(part) for part in command]
+    return ["-m", "genkd", "shard", "ucf101", videos, out, "--codec", "vp9", "--short-side", "128"]
 
 
 def finished_shards(out):
@@ -83,7 +84,7 @@ def test_many_kills_later_the_bytes_are_the_same(videos, slow_plain, tmp_path, c
     kills = 0
     while not (out / "dataset.json").exists():
         goal = finished_shards(out) + int(random.integers(*shards))
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = processes.start(*command)
         while process.poll() is None and finished_shards(out) < goal:
             time.sleep(0.002)
         time.sleep(random.uniform(0, 0.05))
@@ -92,43 +93,45 @@ def test_many_kills_later_the_bytes_are_the_same(videos, slow_plain, tmp_path, c
             kills += 1
         process.wait()
     assert kills >= least
-    subprocess.run(command, check=True, capture_output=True)
+    processes.run(*command, check=True)
     assert content(out) == content(slow_plain)
 
 
 def test_ctrl_c_keeps_finished_shards_and_says_so(videos, slow_plain, tmp_path, content):
     out = tmp_path / "data"
     command = slow_command(videos, out)
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    while not finished_shards(out) and process.poll() is None:
-        time.sleep(0.002)
+    process = processes.start(*command, start_new_session=True)
+    wait_until(lambda: finished_shards(out), pause=0.002, process=process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the group
     _, told = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "run the same command to continue" in told and "Traceback" not in told
     assert finished_shards(out) and not (out / "dataset.json").exists()
     assert not list(out.glob("**/.*.tmp"))
-    subprocess.run(command, check=True, capture_output=True)
+    processes.run(*command, check=True)
     assert content(out) == content(slow_plain)
 
 
 def test_no_worker_outlives_a_killed_parent(videos, tmp_path):
     out = tmp_path / "data"
     command = slow_command(videos, out)
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    while not list((out / "shards").glob(".*.tmp")) and process.poll() is None:
-        time.sleep(0.01)
+    process = processes.start(*command, start_new_session=True)
+    wait_until(lambda: list((out / "shards").glob(".*.tmp")), process=process)
+    assert group(process.pid) >= {process.pid}
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
-        left = subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True, text=True).stdout.split()
-        if not left:
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"processes {left} are still there")
+    wait_until(lambda: not group(process.pid))
+
+
+def group(leader):
+    """The processes of a group that run."""
+    running = set()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, number = path.read_text(errors="replace").rpartition(")")[2].split()[:3]
+            if int(number) == leader and state != "Z":
+                running.add(int(path.parent.name))
+    return running
 
 
 def test_other_settings_are_refused_and_named(videos, plain):

@@ -12,7 +12,7 @@ import pytest
 from genkd.preprocessing.decoding import VideoError, open_frames, rgb_frames
 from genkd.preprocessing.sources import SourceVideo
 
-pytestmark = pytest.mark.skipif(not shutil.which("ffmpeg"), reason="needs the ffmpeg command")
+pytestmark = pytest.mark.ffmpeg
 
 
 def source(path, **more) -> SourceVideo:

@@ -156,12 +156,10 @@ def test_a_conversion_survives_the_loss_of_workers(videos, tmp_path, content):
     killed = []
 
     def kill(event):
-        if event.frames and len(killed) < 2:
-            command = ["pgrep", "-P", str(os.getpid()), "-f", "spawn_main"]
-            pids = subprocess.run(command, capture_output=True, text=True).stdout.split()
-            if pids:  # none while both are being replaced
-                killed.append(pids[0])
-                os.kill(int(pids[0]), signal.SIGKILL)
+        workers = multiprocessing.active_children()  # none while both are being replaced
+        if event.frames and len(killed) < 2 and workers:
+            killed.append(workers[0].pid)
+            workers[0].kill()
 
     summary = convert(few, tmp_path / "data", settings, workers=2, on_progress=kill)
     assert len(killed) == 2 and not summary.rejected

@@ -89,10 +89,9 @@ def test_annotations_of_a_data_set_are_kept(data):
 # --- frames ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.ffmpeg
 @pytest.mark.parametrize("width,height", [(352, 288), (322, 242), (128, 96), (100, 38)])
 def test_frames_are_those_of_ffmpeg(tmp_path, width, height):
-    if not shutil.which("ffmpeg"):
-        pytest.skip("needs the ffmpeg command")
     (tmp_path / "in").mkdir()
     path = tmp_path / "in" / "a.mp4"
     command = ["ffmpeg", "-v", "error", "-f", "lavfi", "-i", f"testsrc2=size={width}x{height}:duration=0.2:rate=25"]

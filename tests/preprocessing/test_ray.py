@@ -159,18 +159,9 @@ def test_a_crash_is_told_from_a_kill(cluster):
     assert not [path for path in Path(tempfile.gettempdir()).glob("genkd-crash-*") if path.stat().st_size]
 
 
-def test_an_address_without_a_cluster_is_one_sentence(few, tmp_path, genkd):
+def test_an_address_without_a_cluster_is_one_sentence(few, tmp_path, genkd_process):
     pytest.importorskip("ray", reason="needs the package ray")
-    told = genkd(
-        "shard",
-        "folder",
-        few,
-        tmp_path / "data",
-        "--engine",
-        "ray",
-        "--address",
-        "127.0.0.1:1",
-        check=False,
-        timeout=120,
+    told = genkd_process(
+        "shard", "folder", few, tmp_path / "data", "--engine", "ray", "--address", "127.0.0.1:1", check=False
     )
     assert told.returncode == 1 and "no Ray cluster" in told.stderr and "Traceback" not in told.stderr

@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -24,6 +22,7 @@ from genkd.preprocessing.verify import verify
 from genkd.preprocessing.video import VideoSettings
 from genkd.remote_storage import RemoteStorage
 from genkd.storage import storage_at
+from genkd.tests.support import processes
 
 SETTINGS = VideoSettings("mjpeg", short_side=48)
 
@@ -96,17 +95,17 @@ def test_killed_runs_leave_no_partial_object_and_end_with_the_same_bytes(
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     url = f"{bucket}/killed"
     expected = local(content, plain)
-    command = [sys.executable, "-m", "genkd", "shard", "folder", few, url, "--codec", "mjpeg", "--short-side", 48]
+    command = ["-m", "genkd", "shard", "folder", few, url, "--codec", "mjpeg", "--short-side", 48]
     random, kills = np.random.default_rng(3), 0
     while "dataset.json" not in objects(url):
-        process = subprocess.Popen([str(part) for part in command], stderr=subprocess.PIPE, start_new_session=True)
+        process = processes.start(*command, start_new_session=True)
         goal = finished_shards(url) + int(random.integers(2, 5))
         while process.poll() is None and finished_shards(url) < goal:
             time.sleep(0.05)
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             kills += 1
-        told = process.communicate()[1].decode()
+        told = process.communicate()[1]
         assert process.returncode in (0, -signal.SIGKILL), told
         for name, data in objects(url).items():
             assert name == ".lock" or data == expected[name], f"{name} is there, but not whole"

@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import shutil
 import subprocess
 import sys
 
@@ -17,7 +16,7 @@ from genkd.preprocessing.video import MUXER, VideoSettings, decode_frames, encod
 
 import av  # isort: skip
 
-pytestmark = pytest.mark.skipif(not shutil.which("ffmpeg"), reason="needs the ffmpeg command")
+pytestmark = pytest.mark.ffmpeg
 COPY = VideoSettings("copy", short_side=0, gop=300)
 
 

@@ -6,7 +6,6 @@ import functools
 import json
 import os
 import shutil
-import threading
 
 import pyarrow.parquet as pq
 import pytest
@@ -18,6 +17,7 @@ from genkd.preprocessing.convert import convert, merge
 from genkd.preprocessing.shards import Dataset
 from genkd.preprocessing.verify import verify
 from genkd.preprocessing.video import VideoSettings
+from genkd.tests.support import processes
 
 SETTINGS = VideoSettings("mjpeg", short_side=48)
 OPTIONS = ("--codec", "mjpeg", "--short-side", 48)
@@ -49,13 +49,10 @@ def shard_times(path):
 def test_slices_at_the_same_time_and_a_merge_give_the_same_bytes(root, data, tmp_path, genkd, content):
     out = tmp_path / "sliced"
     jobs = [
-        threading.Thread(target=genkd, args=("shard", "folder", root, out, *OPTIONS, "--slice", f"{part}/3"))
+        processes.start("-m", "genkd", "shard", "folder", root, out, *OPTIONS, "--slice", f"{part}/3")
         for part in (1, 3)
     ]
-    for job in jobs:
-        job.start()
-    for job in jobs:
-        job.join()
+    assert [job.wait(100) for job in jobs] == [0, 0]
     early = genkd("shard", "--merge", out, check=False)
     assert early.returncode == 1 and "lacks 3 of 10 shards, e.g. train-00001" in early.stderr
     told = genkd("shard", "folder", root, out, *OPTIONS, "--slice", "2/3").stdout

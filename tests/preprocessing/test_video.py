@@ -1,5 +1,4 @@
 import io
-import shutil
 import subprocess
 from fractions import Fraction
 
@@ -76,7 +75,7 @@ def test_every_frame_survives_in_order_with_closed_gops(tmp_path, codec):
         np.testing.assert_array_equal(got, whole[encoded.gop_frames[first] : encoded.gop_frames[last]])
 
 
-@pytest.mark.skipif(not shutil.which("ffmpeg"), reason="needs the ffmpeg command")
+@pytest.mark.ffmpeg
 @pytest.mark.parametrize(("codec", "times"), [("h264", 40), ("hevc", 5), ("vp9", 5), ("mjpeg", 2)])
 def test_the_same_source_gives_the_same_bytes(tmp_path, codec, times):
     """x264's macroblock tree gives other bytes in one of twenty runs over this picture, where there is AVX-512."""
@@ -197,10 +196,9 @@ def test_a_source_that_is_no_usable_video_is_told_apart(tmp_path, name, make, st
     assert words in caught.value.reason
 
 
+@pytest.mark.ffmpeg
 def test_a_video_trimmed_without_encoding_is_taken(tmp_path):
     """FFmpeg keeps the frames before the cut back to the key frame and hides them by an edit list."""
-    if not shutil.which("ffmpeg"):
-        pytest.skip("needs the ffmpeg command")
     path = counting_video(tmp_path / "a.mp4", 100, codec="libx264")
     cut = ["ffmpeg", "-v", "error", "-ss", "2.9", "-i", path, "-c", "copy", tmp_path / "b.mp4"]
     subprocess.run(cut, check=True)
@@ -225,7 +223,7 @@ def ffmpeg_yuv(path, filters, size, stream="0:v:0", pixels="yuv420p"):
 
 
 @pytest.mark.real
-@pytest.mark.skipif(not shutil.which("ffmpeg"), reason="needs the ffmpeg command")
+@pytest.mark.ffmpeg
 @pytest.mark.parametrize("codec", ["h264", "hevc", "vp9", "mjpeg"])
 @pytest.mark.parametrize(
     ("name", "size"),  # the short side is 96; demo.mp4 and test.mp4 have pixels that are not square
@@ -261,7 +259,7 @@ def test_real_sources_are_stored_as_ffmpeg_shows_them(real_data, name, size, cod
     assert difference[:, : size[1]].mean() < 1.5 and difference[:, size[1] :].mean() < 1.5
 
 
-@pytest.mark.skipif(not shutil.which("ffmpeg"), reason="needs the ffmpeg command")
+@pytest.mark.ffmpeg
 @pytest.mark.parametrize("fps", [10, 25, 30, 50])
 def test_of_a_variable_frame_rate_the_same_frames_are_chosen_as_by_ffmpeg(tmp_path, fps):
     times = np.cumsum(np.random.default_rng(0).choice([8, 20, 40, 41, 130], 40)).tolist()

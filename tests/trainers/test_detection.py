@@ -1,10 +1,7 @@
 """The phases of detection on a few untrimmed synthetic videos: they run, resume bit for bit, and end in results."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -25,6 +22,8 @@ from genkd.preprocessing.flow import FlowSettings
 from genkd.preprocessing.shards import Dataset
 from genkd.preprocessing.untrimmed import UntrimmedSettings, synthesize_untrimmed
 from genkd.preprocessing.video import VideoSettings
+from genkd.tests.support import processes
+from genkd.tests.support.processes import TORCHRUN
 from genkd.trainers.loop import train
 
 # 2 or 3 steps an epoch.
@@ -316,16 +315,13 @@ def test_two_ranks_reach_the_weights_of_one(tiny, tmp_path):
     """A batch of 3 windows, whose actions and splices the ranks have unequal numbers of."""
     losses = {}
     for ranks in (1, 2):
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
         run = tmp_path / f"run{ranks}"
         options = ["batch_size=4", "model.freeze_bn=always", "optimizer.name=sgd", "optimizer.warmup_epochs=0"]
-        command = [*launch, "genkd", "train", "detect-representation", "--config", str(tiny.path), "--out", str(run)]
         config = tiny("detect-representation", *options)
-        done = subprocess.run(
-            [*command, f"data.dataset={config.data.dataset}", *options],
-            capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=250,
+        processes.run(
+            *TORCHRUN, ranks, "-m", "genkd", "train", "detect-representation", "--config", tiny.path, "--out", run,
+            f"data.dataset={config.data.dataset}", *options, check=True,
         )  # fmt: skip
-        assert done.returncode == 0, done.stderr
         lines = [json.loads(line) for line in (run / "metrics.jsonl").open()]
         losses[ranks] = [{name: line[name] for name in line if "/" in name} for line in lines]
     assert len(losses[1]) >= 2 and any(line["detector/triplet"] for line in losses[1])

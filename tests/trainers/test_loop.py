@@ -1,9 +1,7 @@
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
@@ -16,6 +14,8 @@ from genkd import files
 from genkd.errors import UserError
 from genkd.models import checkpoints
 from genkd.preprocessing import shards
+from genkd.tests.support import processes
+from genkd.tests.support.processes import TORCHRUN, wait_until
 from genkd.trainers import metrics
 from genkd.trainers.loop import train
 
@@ -109,7 +109,7 @@ def test_stage_b_changes_no_vae_weight_and_stage_a_no_backbone_weight(tiny, tmp_
 
 
 def command(tiny, data, run, phase="representation", *overrides):
-    return [sys.executable, "-m", "genkd", "train", phase, "--config", str(tiny.path), "--out", str(run),
+    return ["-m", "genkd", "train", phase, "--config", str(tiny.path), "--out", str(run),
             f"data.dataset={data.path}", "epochs=3", *overrides]  # fmt: skip
 
 
@@ -120,11 +120,8 @@ def test_a_run_that_is_stopped_continues_with_the_same_losses_bit_for_bit(tiny, 
     random = np.random.default_rng(int(number))
     stops = 0
     for goal in (2, 5):
-        process = subprocess.Popen(
-            command(tiny, data, run), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
-        while process.poll() is None and len(metrics_lines(run)) < goal:
-            time.sleep(0.002)
+        process = processes.start(*command(tiny, data, run))
+        wait_until(lambda goal=goal: len(metrics_lines(run)) >= goal, pause=0.002, process=process)
         time.sleep(random.uniform(0, 0.05))
         process.send_signal(number)
         _, told = process.communicate(timeout=60)
@@ -206,13 +203,13 @@ def test_a_diverging_run_stops_and_names_step_and_term(tiny, tmp_path):
         train(tiny("teacher", "optimizer={name: sgd, lr: 1.0e+30}", "epochs=3"), tmp_path / "run", quiet)
 
 
-def test_a_full_disk_gives_one_sentence_and_keeps_the_checkpoints(tiny, data, small_disk, genkd):
+def test_a_full_disk_gives_one_sentence_and_keeps_the_checkpoints(tiny, data, small_disk, genkd_process):
     disk = small_disk("20m")
-    told = genkd(*command(tiny, data, disk / "run")[3:], check=False)
+    told = genkd_process(*command(tiny, data, disk / "run")[2:], check=False)
     assert told.returncode == 1
     assert "no space left" in told.stderr and "Traceback" not in told.stderr
     subprocess.run(["mount", "-o", "remount,size=400m", str(disk)], check=True)
-    assert "finished" in genkd(*command(tiny, data, disk / "run")[3:]).stdout
+    assert "finished" in genkd_process(*command(tiny, data, disk / "run")[2:]).stdout
 
 
 @pytest.mark.parametrize("phase, options", [("teacher", []), ("distill", [
@@ -224,25 +221,13 @@ def test_two_ranks_train_and_evaluate_together(tiny, data, tmp_path, phase, opti
     overrides = [f"teacher={tmp_path / 'rep'}", *options] if phase == "distill" else []
     passes = 2 if phase == "distill" else 1
     run = tmp_path / "run"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launch, *command(tiny, data, run, phase, *overrides)[2:]],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr
+    processes.run(*TORCHRUN, 2, *command(tiny, data, run, phase, *overrides), check=True)
     steps = [line["step"] for line in losses(run) if line["kind"] == "train"]
     assert steps == list(range(1, 9 * passes + 1))
     assert json.loads((run / "result.json").read_text())["steps"] == 9 * passes
     arguments = ["evaluate", "recognition", run, "--data", data.path, "--clips", 2, "--batch-size", 6, "--json"]
     alone = json.loads(genkd(*arguments).stdout)
-    together = subprocess.run(
-        [*launch, "genkd", *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=200
-    )
-    assert together.returncode == 0, together.stderr
+    together = processes.run(*TORCHRUN, 2, "-m", "genkd", *arguments, check=True)
     both = json.loads(together.stdout)
     assert both["videos"] == alone["videos"] == 40
     assert both["confusion"] == alone["confusion"] and both["loss"] == pytest.approx(alone["loss"], abs=1e-5)
@@ -261,20 +246,11 @@ def test_bf16_follows_fp32_on_the_cpu(tiny, tmp_path):
 
 def test_two_ranks_reach_the_weights_of_one(tiny, data, tmp_path):
     """Batches of 4, 4 and 2, with dropout. Batch norm keeps its statistics, which are a rank's own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for world_size in (1, 2):
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
         options = ["batch_size=4", "eval_every=0", "optimizer={name: sgd, lr: 0.01}", "model.freeze_bn=always"]
         assert tiny("representation", *options).model.dropout == 0.5
-        arguments = command(tiny, data, tmp_path / f"run{world_size}", "representation", *options)[2:]
-        done = subprocess.run(
-            [*launch, "-m", *arguments],
-            capture_output=True,
-            text=True,
-            env=environment,
-            timeout=200,
-        )
-        assert done.returncode == 0, done.stderr
+        arguments = command(tiny, data, tmp_path / f"run{world_size}", "representation", *options)
+        processes.run(*TORCHRUN, world_size, *arguments, check=True)
     for name in ("recognizer", "cvae"):
         one, two = (load_file(tmp_path / f"run{n}" / "weights" / f"{name}.safetensors") for n in (1, 2))
         for key, value in one.items():
@@ -284,9 +260,7 @@ def test_two_ranks_reach_the_weights_of_one(tiny, data, tmp_path):
 def test_what_the_main_rank_finds_wrong_ends_every_rank(tiny, data, tmp_path):
     """A run folder of another configuration: one sentence, no rank left waiting."""
     train(tiny("teacher", "epochs=1"), tmp_path / "run", quiet)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    arguments = command(tiny, data, tmp_path / "run", "teacher", "seed=5")[2:]
-    done = subprocess.run([*launch, *arguments], capture_output=True, text=True, timeout=100)
+    done = processes.run(*TORCHRUN, 2, *command(tiny, data, tmp_path / "run", "teacher", "seed=5"))
     assert done.returncode != 0
     assert "was begun with another configuration (epochs: 1 -> 3; seed: 0 -> 5)" in done.stderr
 
@@ -325,9 +299,8 @@ def test_a_data_set_that_changed_is_refused(tiny, data, tmp_path):
     shutil.copytree(data.path, tmp_path / "data")
     options = ["epochs=3", f"data.dataset={tmp_path / 'data'}"]
     run = tmp_path / "run"
-    process = subprocess.Popen(command(tiny, data, run, "teacher", *options), stdout=subprocess.DEVNULL)
-    while len(metrics_lines(run)) < 3 and process.poll() is None:
-        time.sleep(0.01)
+    process = processes.start(*command(tiny, data, run, "teacher", *options))
+    wait_until(lambda: len(metrics_lines(run)) >= 3, process=process)
     process.kill()
     process.wait()
     # As after a conversion from other sources: the index and its digest are others.

@@ -3,9 +3,6 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
@@ -21,6 +18,8 @@ from genkd.preprocessing.convert import convert
 from genkd.preprocessing.flow import FlowSettings
 from genkd.preprocessing.interop import dataset_sources
 from genkd.preprocessing.shards import Dataset
+from genkd.tests.support import processes
+from genkd.tests.support.processes import wait_until
 from genkd.trainers import frozen, metrics
 from genkd.trainers.distributed import Ranks
 from genkd.trainers.loop import train
@@ -119,13 +118,10 @@ def test_a_killed_run_with_these_options_ends_with_the_same_bytes(tiny, data, te
     arguments = [f"teacher={teachers}", "epochs=3", *options]
     train(tiny("distill", *arguments), tmp_path / "undisturbed", quiet)
     run = tmp_path / "disturbed"
-    command = [sys.executable, "-m", "genkd", "train", "distill", "--config", str(tiny.path), "--out", str(run),
-               f"data.dataset={data.path}", *arguments]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    while process.poll() is None and not (run / "metrics.jsonl").exists():
-        time.sleep(0.01)
-    while process.poll() is None and len((run / "metrics.jsonl").read_text().splitlines()) < 5:
-        time.sleep(0.01)
+    process = processes.start("-m", "genkd", "train", "distill", "--config", tiny.path, "--out", run,
+                              f"data.dataset={data.path}", *arguments)  # fmt: skip
+    log = run / "metrics.jsonl"
+    wait_until(lambda: log.exists() and len(log.read_text().splitlines()) >= 5, process=process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (run / "result.json").exists()

@@ -1,10 +1,10 @@
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
+from genkd.tests.support import processes
+from genkd.tests.support.processes import TORCHRUN
 from genkd.trainers import metrics, spread
 from genkd.trainers.distributed import Ranks
 from genkd.trainers.spread import Row, StepTimes
@@ -42,13 +42,10 @@ def test_the_rank_that_others_wait_for_is_named(tiny, data, tmp_path):
     script = tmp_path / "slowed.py"
     script.write_text(SLOWED.replace("SECONDS", str(seconds)))
     run = tmp_path / "run"
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), "train",
-         "teacher", "--config", str(tiny.path), "--out", str(run), f"data.dataset={data.path}", "eval_every=0",
-         "epochs=3", f"prometheus={tmp_path / 'x.prom'}"],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=200,
+    done = processes.run(
+        *TORCHRUN, 2, script, "train", "teacher", "--config", tiny.path, "--out", run, f"data.dataset={data.path}",
+        "eval_every=0", "epochs=3", f"prometheus={tmp_path / 'x.prom'}", check=True,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
     lines = metrics.read(run)
     first, second = lines[5], lines[8]
     for line, rank in ((first, 1), (second, 0)):
