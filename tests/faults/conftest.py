@@ -22,7 +22,7 @@ eval_every: 0
 tensorboard: false
 precision: fp32
 data: {clip_length: 16, size: 32, scales: [1.0, 0.875]}
-model: {width: 0.25, freeze_bn: always, dropout: 0.0}
+model: {width: 0.0625, freeze_bn: always, dropout: 0.0}
 optimizer: {name: sgd, lr: 0.01}
 phases: {distill: {model: {temporal: top_heavy}}}
 """

@@ -9,11 +9,12 @@ TINY = """
 epochs: 2
 batch_size: 4
 log_every: 1
+eval_every: 0
 checkpoint_every: 1
 tensorboard: false
 precision: fp32
 data: {clip_length: 16, size: 32, scales: [1.0, 0.875]}
-model: {width: 0.25, bn_momentum: 0.1}
+model: {width: 0.0625, bn_momentum: 0.1}
 optimizer: {name: adamw, lr: 0.001}
 phases: {distill: {model: {temporal: top_heavy}}}
 """

@@ -35,8 +35,8 @@ def test_all_phases_follow_each_other(tiny, tmp_path):
     said = []
     train(tiny("teacher"), tmp_path / "teacher", said.append)
     train(tiny("representation", f"init={tmp_path / 'teacher'}"), tmp_path / "rep", quiet)
-    train(tiny("distill", f"teacher={tmp_path / 'rep'}"), tmp_path / "student", quiet)
-    train(tiny("distill", "method=none"), tmp_path / "plain", quiet)
+    train(tiny("distill", f"teacher={tmp_path / 'rep'}", "eval_every=1"), tmp_path / "student", quiet)
+    train(tiny("distill", "method=none", "eval_every=2"), tmp_path / "plain", quiet)
     for line in ("loss", "clips/s", "wait", "ETA"):
         assert any(line in text for text in said)
     terms = {
@@ -94,7 +94,7 @@ def test_stage_b_changes_no_vae_weight_and_stage_a_no_backbone_weight(tiny, tmp_
     phase.train()
     batch = Batch(torch.randn(2, 3, 16, 32, 32), torch.tensor([0, 1]), torch.tensor([0, 1]), 2, 2)
     touched = []
-    noise = phases.Noise(*[torch.randn(2, 2, 256)] * 3)
+    noise = phases.Noise(*[torch.randn(2, 2, 64)] * 3)
     for stage in phase.stages(batch, phases.Turn(1, 0, noise, None)):
         for module in phase.modules.values():
             module.zero_grad(set_to_none=True)
@@ -115,12 +115,12 @@ def command(tiny, data, run, phase="representation", *overrides):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_is_stopped_continues_with_the_same_losses_bit_for_bit(tiny, data, tmp_path, number):
-    train(tiny("representation", "epochs=3"), tmp_path / "undisturbed", quiet)
+    train(tiny("representation", "epochs=3", "eval_every=2"), tmp_path / "undisturbed", quiet)
     run = tmp_path / "disturbed"
     random = np.random.default_rng(int(number))
     stops = 0
     for goal in (2, 5):
-        process = processes.start(*command(tiny, data, run))
+        process = processes.start(*command(tiny, data, run, "representation", "eval_every=2"))
         wait_until(lambda goal=goal: len(metrics_lines(run)) >= goal, pause=0.002, process=process)
         time.sleep(random.uniform(0, 0.05))
         process.send_signal(number)
@@ -132,7 +132,7 @@ def test_a_run_that_is_stopped_continues_with_the_same_losses_bit_for_bit(tiny, 
             assert process.returncode == (130 if number == signal.SIGINT else 0)
             assert "run the same command to continue" in told and "Traceback" not in told
     assert stops == 2 and not (run / "result.json").exists()
-    train(tiny("representation", "epochs=3"), run, quiet)
+    train(tiny("representation", "epochs=3", "eval_every=2"), run, quiet)
     assert losses(run) == losses(tmp_path / "undisturbed")
     for name in ("recognizer", "cvae"):
         file = f"weights/{name}.safetensors"
@@ -175,14 +175,14 @@ def test_bad_input_is_refused_before_anything_is_written(tiny, data, tmp_path):
         ("teacher", ["data.dataset=nowhere"], "nowhere is no genkd data set"),
         ("teacher", ['data.dataset=""'], "data.dataset is not set"),
         ("teacher", ["data.train_split=val"], "split 'val'"),
-        ("teacher", ["data.eval_split=val"], "eval_every=0"),
+        ("teacher", ["data.eval_split=val", "eval_every=1"], "eval_every=0"),
         ("distill", [f"teacher={tmp_path / 'rep'}", "data.mean=[0,0,0]"], "data.mean=[0.485, 0.456, 0.406]"),
         ("teacher", ["data.size=16"], "too small"),
         ("distill", [], "needs teacher=RUN"),
         ("distill", [f"teacher={tmp_path / 'none'}"], "neither a training run"),
         ("distill", [f"teacher={tmp_path / 'teacher'}"], "no attention head"),
         ("distill", [f"teacher={tmp_path / 'rep'}", "data.size=64"], "16 frames of 32 px"),
-        ("distill", [f"teacher={tmp_path / 'rep'}", "model.width=0.5"], "set model.width=0.25"),
+        ("distill", [f"teacher={tmp_path / 'rep'}", "model.width=0.5"], "set model.width=0.0625"),
         ("distill", [f"teacher={tmp_path / 'foreign'}"], "other classes"),
         ("representation", [f"init={tmp_path / 'teacher'}", "model.width=0.5"], "does not fit"),
         ("teacher", ["teacher=x"], "starts from init="),
@@ -204,7 +204,7 @@ def test_a_diverging_run_stops_and_names_step_and_term(tiny, tmp_path):
 
 
 def test_a_full_disk_gives_one_sentence_and_keeps_the_checkpoints(tiny, data, small_disk, genkd_process):
-    disk = small_disk("20m")
+    disk = small_disk("1m")
     told = genkd_process(*command(tiny, data, disk / "run")[2:], check=False)
     assert told.returncode == 1
     assert "no space left" in told.stderr and "Traceback" not in told.stderr
@@ -212,13 +212,13 @@ def test_a_full_disk_gives_one_sentence_and_keeps_the_checkpoints(tiny, data, sm
     assert "finished" in genkd_process(*command(tiny, data, disk / "run")[2:]).stdout
 
 
-@pytest.mark.parametrize("phase, options", [("teacher", []), ("distill", [
-    "alternate=epoch", "ema=0.9", "keep=best", "data.fixed_views=1", "distill.teacher_cache={tmp_path}/cache",
+@pytest.mark.parametrize("phase, options", [("teacher", ["eval_every=2"]), ("distill", [
+    "alternate=epoch", "eval_every=1", "ema=0.9", "keep=best", "data.fixed_views=1", "distill.teacher_cache={tmp_path}/cache",
 ])])  # fmt: skip
 def test_two_ranks_train_and_evaluate_together(tiny, data, tmp_path, phase, options, genkd):
     train(tiny("representation", "epochs=1"), tmp_path / "rep", quiet)
     options = [option.format(tmp_path=tmp_path) for option in options]
-    overrides = [f"teacher={tmp_path / 'rep'}", *options] if phase == "distill" else []
+    overrides = [f"teacher={tmp_path / 'rep'}", *options] if phase == "distill" else options
     passes = 2 if phase == "distill" else 1
     run = tmp_path / "run"
     processes.run(*TORCHRUN, 2, *command(tiny, data, run, phase, *overrides), check=True)

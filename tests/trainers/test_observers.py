@@ -139,7 +139,7 @@ def test_a_run_is_watched_over_http_and_by_a_file_while_it_trains(tiny, tmp_path
             assert of(parsed(file.read_text()), "genkd_step") == of(samples, "genkd_step")
             seen.append((port, samples))
 
-    train(tiny("teacher", f"prometheus=[{file},'127.0.0.1:0']"), run, look)
+    train(tiny("teacher", "eval_every=1", f"prometheus=[{file},'127.0.0.1:0']"), run, look)
     lines = [line for line in metrics.read(run) if line["kind"] == "train"]
     assert len(seen) == len(lines) == 6
     for line, (_, samples) in zip(lines, seen, strict=True):
@@ -293,8 +293,8 @@ def test_a_run_in_weights_and_biases_is_the_same_when_it_is_continued(tiny, tmp_
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(tiny("teacher", "wandb=offline"), run, stop)
-    train(tiny("teacher", "wandb=offline", "wandb_project=motion", "wandb_name=again"), run, quiet)
+        train(tiny("teacher", "wandb=offline", "eval_every=1"), run, stop)
+    train(tiny("teacher", "wandb=offline", "eval_every=1", "wandb_project=motion", "wandb_name=again"), run, quiet)
     first, second = fake.runs
     assert first.id == second.id and (first.exit_code, second.exit_code) == (1, 0)
     assert (first.project, first.name, second.project, second.name) == ("genkd", "student-3", "motion", "again")

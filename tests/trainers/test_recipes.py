@@ -115,7 +115,7 @@ def test_the_reference_alternates_by_epoch_and_draws_separate_noise(tiny, teache
 
 @pytest.mark.parametrize("options", [["alternate=epoch", "ema=0.5"], ["ema=0.9", "patience=1", "keep=best"]])
 def test_a_killed_run_with_these_options_ends_with_the_same_bytes(tiny, data, teachers, tmp_path, options):
-    arguments = [f"teacher={teachers}", "epochs=3", *options]
+    arguments = [f"teacher={teachers}", "epochs=3", "eval_every=1", *options]
     train(tiny("distill", *arguments), tmp_path / "undisturbed", quiet)
     run = tmp_path / "disturbed"
     process = processes.start("-m", "genkd", "train", "distill", "--config", tiny.path, "--out", run,
@@ -144,7 +144,7 @@ def test_averages_rest_while_their_module_does(tiny, teachers, tmp_path):
 
 
 def test_averaged_weights_are_evaluated_and_saved(tiny, data, tmp_path):
-    train(tiny("teacher", "ema=0.5"), tmp_path / "run", quiet)
+    train(tiny("teacher", "ema=0.5", "eval_every=2"), tmp_path / "run", quiet)
     state = torch.load(tmp_path / "run" / "checkpoints" / "step-00000006.pt")
     averaged = state["averages"]["recognizer"]["logits.weight"]
     assert not torch.equal(averaged, state["modules"]["recognizer"]["logits.weight"])
@@ -155,7 +155,7 @@ def test_averaged_weights_are_evaluated_and_saved(tiny, data, tmp_path):
 
 def test_the_best_evaluation_is_kept_and_a_hopeless_run_ends_early(tiny, data, tmp_path):
     """A rate that ruins the weights after the first epochs: the run ends before its time, with its best weights."""
-    options = ["epochs=30", "patience=2", "keep=best", "optimizer={name: sgd, lr: 3.0, schedule: constant}"]
+    options = ["epochs=30", "eval_every=1", "patience=2", "keep=best", "optimizer={name: sgd, lr: 3.0, schedule: constant}"]
     said = []
     result = train(tiny("teacher", *options), tmp_path / "run", said.append)
     evals = lines(tmp_path / "run", "eval")
@@ -282,7 +282,8 @@ def test_weights_that_broke_are_not_saved(tiny, tmp_path, monkeypatch):
 def test_scores_that_are_not_finite_are_a_divergence_too(tiny, tmp_path):
     """Losses of batch statistics stay finite while the running ones overflow: the evaluation finds out, and the
     checkpoint that leads there is put aside."""
-    options = ["optimizer={name: sgd, lr: 1.0e+4, schedule: constant}", "log_every=100", "checkpoint_every=100"]
+    options = ["optimizer={name: sgd, lr: 1.0e+4, schedule: constant}", "log_every=100", "checkpoint_every=100",
+               "eval_every=1"]  # fmt: skip
     with pytest.raises(UserError, match=r"the run diverged by step 3: \d+ of 40 videos have scores that are nan"):
         train(tiny("teacher", *options), tmp_path / "run", quiet)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003.pt.diverged"]
@@ -333,4 +334,4 @@ def test_a_description_that_a_crash_left_empty_is_written_again(tiny, teachers, 
     assert (
         lines(tmp_path / "two", "train")[0]["recognizer/att"] == lines(tmp_path / "one", "train")[0]["recognizer/att"]
     )
-    assert json.loads(description.read_text()) == [256, 2]
+    assert json.loads(description.read_text()) == [64, 2]

@@ -14,7 +14,7 @@ from genkd.trainers.phases import Noise, Turn
 @pytest.mark.parametrize("compat", ["none", "reference"])
 def test_stages_through_the_ops_equal_the_formulas(tiny, compat):
     generator = torch.Generator().manual_seed(0)
-    config = tiny("representation", f"compat={compat}", "alternate=step", "model.dropout=0")
+    config = tiny("representation", f"compat={compat}", "alternate=step", "model.dropout=0", "model.width=0.25")
     taught = {}
 
     def run(formulas):
