@@ -25,6 +25,7 @@ Run = Callable[..., Iterator[Any]]
 
 PATIENCE = 5.0  # seconds that workers have to stop, before they are made to
 OUTSIDE = "a kill from outside"  # how a worker ended, where its signal is not known
+START_METHOD = "spawn"  # of worker processes: a fork would copy threads' locks as they are
 LOSSES = 3  # of workers on one task without a note of what it was doing, before the run is given up
 
 
@@ -115,7 +116,7 @@ class _Worker:
     """A process that works off one task at a time, with a pipe of its own: its death can harm no other."""
 
     def __init__(self, function: Callable[[Any, Report], Any]):
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context(START_METHOD)
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, function), daemon=True)
         # Starting the first process starts multiprocessing's resource tracker too, which lifts the block below.

@@ -23,7 +23,7 @@ import pytest
 from click.testing import CliRunner
 
 from genkd.cli import main
-from genkd.preprocessing import plan, sources
+from genkd.preprocessing import engines, plan, sources
 from genkd.preprocessing.convert import convert
 from genkd.preprocessing.shards import Dataset
 from genkd.preprocessing.synthetic import SynthSettings, synthesize
@@ -45,7 +45,9 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """FFmpeg's command comes from a package, as another version than a system's may judge videos differently."""
+    """FFmpeg's command comes from a package, as another version than a system's may judge videos differently; workers
+    of a conversion are forked from the server that has imported everything."""
+    engines.START_METHOD = "forkserver"
     if importlib.util.find_spec("imageio_ffmpeg"):
         import imageio_ffmpeg
 

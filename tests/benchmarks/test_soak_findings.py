@@ -65,11 +65,14 @@ def test_growth_is_of_what_had_warmed_up():
 
 def test_a_look_at_this_process():
     block = np.ones(50_000_000, dtype=np.uint8)
-    with open(os.devnull) as _:
-        sample = soak_findings.look_at(os.getpid())
+    files = [open(os.devnull) for _ in range(50)]  # noqa: SIM115
+    sample = soak_findings.look_at(os.getpid())
+    for file in files:
+        file.close()
     del block
     after = soak_findings.look_at(os.getpid())
-    assert sample.megabytes - after.megabytes > 40 and sample.files == after.files + 1
+    assert sample.megabytes - after.megabytes > 40
+    assert 40 < sample.files - after.files < 60  # other threads of this process may open and close some
     assert 0 < sample.seconds <= after.seconds
     assert soak_findings.look_at(1 << 30) is None
 

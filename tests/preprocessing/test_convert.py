@@ -64,12 +64,12 @@ def test_a_shard_holds_a_mixture_of_classes(videos, monkeypatch):
 def slow_plain(videos, tmp_path_factory):
     """An undisturbed conversion that takes long enough to be disturbed."""
     out = tmp_path_factory.mktemp("slow") / "data"
-    convert(sources.ucf101(videos), out, VideoSettings("vp9", short_side=128), workers=2)
+    convert(sources.ucf101(videos), out, VideoSettings("vp9", short_side=112), workers=2)
     return out
 
 
 def slow_command(videos, out):
-    return ["-m", "genkd", "shard", "ucf101", videos, out, "--codec", "vp9", "--short-side", "128"]
+    return ["-m", "genkd", "shard", "ucf101", videos, out, "--codec", "vp9", "--short-side", "112"]
 
 
 def finished_shards(out):

@@ -63,6 +63,11 @@ class Deadly(VideoSettings):
 """
 
 
+@pytest.fixture(autouse=True)
+def _as_users_have_them(monkeypatch):
+    monkeypatch.setattr(engines, "START_METHOD", "spawn")
+
+
 @pytest.fixture
 def module(tmp_path, monkeypatch):
     (tmp_path / "deadly_module.py").write_text(MODULE)

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from genkd.errors import UserError
-from genkd.preprocessing import sources
+from genkd.preprocessing import engines, sources
 from genkd.preprocessing.convert import convert, merge
 from genkd.preprocessing.shards import Dataset
 from genkd.preprocessing.verify import verify
@@ -25,6 +25,12 @@ from genkd.storage import storage_at
 from genkd.tests.support import processes
 
 SETTINGS = VideoSettings("mjpeg", short_side=48)
+
+
+@pytest.fixture(autouse=True)
+def _workers_of_this_environment(monkeypatch):
+    """Which leads to the bucket; that of the server that workers are forked from does not."""
+    monkeypatch.setattr(engines, "START_METHOD", "spawn")
 
 
 @pytest.fixture(scope="module")

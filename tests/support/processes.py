@@ -122,6 +122,7 @@ def become_python(arguments: Sequence[str], environment: Mapping[str, str]) -> N
     for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(signum, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])  # the server may have been started where some were blocked
     code = _exit_code(list(arguments))
     threading._shutdown()  # as the interpreter does: waits for threads that are no daemons
     atexit._run_exitfuncs()
