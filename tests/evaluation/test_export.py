@@ -163,7 +163,9 @@ def test_the_readmes_snippets_run(exported, tmp_path):
     "changes",
     [
         {"compat": "reference", "stem": "paired"},
-        {"temporal": "full", "attention": False, "modality": "flow", "clip_length": 24},
+        pytest.param(
+            {"temporal": "full", "attention": False, "modality": "flow", "clip_length": 24}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_other_networks_export_too(tmp_path, changes):

@@ -60,10 +60,10 @@ def before_step(rank, step, attempt):
         open(sys.argv[0] + ".pid", "w").write(str(os.getpid()))
         {fault}
 """
-    process = runs.start("run", "ranks.timeout_s=15", fault=hang)
+    process = runs.start("run", "ranks.timeout_s=6", fault=hang)
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
-        if "SIGSTOP" in fault and "ranks.timeout_s=15" in process.stderr.read_text():
+        if "SIGSTOP" in fault and "ranks.timeout_s=6" in process.stderr.read_text():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int((runs.folder / "run.py.pid").read_text()), signal.SIGCONT)  # or torchrun waits 30 s for it
         time.sleep(0.2)
@@ -74,7 +74,7 @@ def before_step(rank, step, attempt):
     assert re.search(r"rank 0 has waited \d+ s while it (computes|adds up gradients with the others) \(step 3\)", said)
     for text in words:
         assert text.replace("HOST", socket.gethostname()) in said
-    assert "Traceback" not in said.split("ranks.timeout_s=15")[0]
+    assert "Traceback" not in said.split("ranks.timeout_s=6")[0]
 
 
 def test_a_rank_told_to_stop_stops_all_and_another_number_of_ranks_goes_on(runs, undisturbed):

@@ -1,5 +1,6 @@
 """The soak test itself, for a moment; it is run for hours by hand."""
 
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -30,4 +31,13 @@ def test_two_faults_leave_no_trace(tmp_path, monkeypatch):
     monkeypatch.setattr(soak, "subprocess", SimpleNamespace(Popen=start))
     monkeypatch.setattr(soak.Run, "rank_processes", lambda run: processes.children(run.process.pid))
     monkeypatch.setattr(soak, "LOOK", 0.1)
-    assert_as_one_left_alone(soak.soak(tmp_path / "soak", minutes=0.1, every=0.5, ranks=2, seed=0))
+    quick = soak.CONFIG.replace("width: 0.25", "width: 0.0625").replace("checkpoint_every: 10", "checkpoint_every: 3")
+    monkeypatch.setattr(soak, "CONFIG", quick)
+    began = []  # of each fault
+
+    def counted(fault):
+        return functools.wraps(fault)(lambda *arguments: began.append(fault) or fault(*arguments))
+
+    monkeypatch.setattr(soak, "FAULTS", tuple(map(counted, soak.FAULTS)))
+    monkeypatch.setattr(soak.Run, "ending", property(lambda run: len(began) == 2 or run.steps + 1 >= run.last - 4))
+    assert_as_one_left_alone(soak.soak(tmp_path / "soak", minutes=0.08, every=0.1, ranks=2, seed=0))

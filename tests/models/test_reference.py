@@ -1,7 +1,7 @@
 """Imported networks give the original implementation's numbers, for weights and clips rebuilt from names.
 
 Files of the reference that end in _cells come from clips with structure, the others from white noise, which any clip
-nearly equals: those are run by hand (slow), but for the student's.
+nearly equals: those are slow.
 """
 
 import json
@@ -147,6 +147,7 @@ def test_the_student_is_matched(student, clip, suffix, arrays):
     check_network(model, first, second, arrays(f"recognition_student{suffix}"))
 
 
+@pytest.mark.slow
 def test_the_student_is_matched_on_white_noise(student_net, clip, arrays):
     want = arrays("recognition_student")
     with torch.inference_mode():

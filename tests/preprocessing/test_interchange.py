@@ -244,6 +244,7 @@ def test_hugging_face_datasets_read_the_export(data, exported, tmp_path, monkeyp
                 assert rows.features["label"].int2str(row["label"]) == row["class"]
 
 
+@pytest.mark.slow
 def test_ray_data_reads_the_export(data, exported, monkeypatch):
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     ray = pytest.importorskip("ray", reason="needs the package ray")

@@ -213,7 +213,8 @@ def test_a_full_disk_gives_one_sentence_and_keeps_the_checkpoints(tiny, data, sm
 
 
 @pytest.mark.parametrize("phase, options", [("teacher", ["eval_every=2"]), ("distill", [
-    "alternate=epoch", "eval_every=1", "ema=0.9", "keep=best", "data.fixed_views=1", "distill.teacher_cache={tmp_path}/cache",
+    "alternate=epoch", "eval_every=1", "ema=0.9", "keep=best", "data.fixed_views=1",
+    "distill.teacher_cache={tmp_path}/cache",
 ])])  # fmt: skip
 def test_two_ranks_train_and_evaluate_together(tiny, data, tmp_path, phase, options, genkd):
     train(tiny("representation", "epochs=1"), tmp_path / "rep", quiet)

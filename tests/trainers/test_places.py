@@ -80,7 +80,7 @@ def test_who_has_not_come_is_named(store):
         agree_on_prefix(store, 0, 3, 0.3)
 
 
-def watched(store, capsys, progress, world_size=3, limit=1.6):
+def watched(store, capsys, progress, world_size=3, limit=1.1):
     """What each rank's watchdog does after `limit` seconds; progress: what each does first, none for one that is not
     there."""
     left = {}
@@ -108,14 +108,14 @@ def test_the_rank_behind_is_named_by_the_lowest_other_one(store, capsys):
     )
     assert (
         told.count("Error:") == 1
-        and "rank 0 has waited 2 s while it computes (step 5): it waits for rank 1 on " in told
+        and "rank 0 has waited 1 s while it computes (step 5): it waits for rank 1 on " in told
     )
-    assert "which still waits for its data (step 5) (ranks.timeout_s=1.6); raise ranks.timeout_s" in told
+    assert "which still waits for its data (step 5) (ranks.timeout_s=1.1); raise ranks.timeout_s" in told
 
 
 def test_a_silent_rank_is_named(store, capsys):
     told = watched(store, capsys, [None, ("computes (step 5)", 33), ("computes (step 5)", 33)])
-    assert told.count("Error:") == 1 and "rank 1 has waited 2 s" in told and "nothing is heard of rank 0" in told
+    assert told.count("Error:") == 1 and "rank 1 has waited 1 s" in told and "nothing is heard of rank 0" in told
 
 
 def test_where_all_stand_at_one_place_none_is_blamed(store, capsys):
@@ -130,7 +130,7 @@ def test_a_rank_that_is_slow_but_alive_is_waited_for(store, capsys):
         slow.progress("evaluates", 1)
         quick.progress("evaluates", 1)
         quick.waits("waits for the others' scores")
-        for _ in range(30):
+        for _ in range(16):
             time.sleep(0.1)
             slow.alive()
     assert not left and not capsys.readouterr().err
@@ -164,7 +164,7 @@ def test_a_suspended_process_does_not_count_the_time(store, capsys):
     """As under `scontrol suspend`: what was waited is the suspension, and after it all have their time again."""
     left: list[int] = []
     dog = Watchdog(store.clone(), 0, 1, 1.0, left.append)
-    wait, waits = dog._end.wait, iter([3.0])
+    wait, waits = dog._end.wait, iter([1.8])
 
     def overslept(seconds):
         time.sleep(next(waits, 0.0))
@@ -173,7 +173,7 @@ def test_a_suspended_process_does_not_count_the_time(store, capsys):
     dog._end.wait = overslept
     with dog:
         dog.progress("computes", 1)
-        time.sleep(3.6)  # the limit is long past, but not since it woke
+        time.sleep(2.3)  # the limit is long past, but not since it woke
         assert not left
         deadline = time.monotonic() + 15
         while not left and time.monotonic() < deadline:

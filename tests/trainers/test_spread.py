@@ -38,7 +38,7 @@ main()
 
 def test_the_rank_that_others_wait_for_is_named(tiny, data, tmp_path):
     """Both ranks' steps take as long as the slow one's; only its own time tells which one that is."""
-    seconds = 2.0
+    seconds = 1.2
     script = tmp_path / "slowed.py"
     script.write_text(SLOWED.replace("SECONDS", str(seconds)))
     run = tmp_path / "run"
