@@ -35,7 +35,10 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 # Ten classes of five videos: groups of four and one, so 10 test and 40 train videos or the other way round.
 SYNTH = SynthSettings(videos_per_class=5, seconds=1.6, fps=25, width=64, height=48, test_share=0.5)
 # The files that take longest, which begin first, so that no worker is left with one at the end.
-LONGEST = ("test_loop", "test_ranks", "test_recipes", "test_export", "test_detection", "test_reference")
+LONGEST = (
+    "test_compiled", "test_detection_learns", "test_remux", "test_soak",  # the slow ones
+    "test_ranks", "test_loop", "test_export", "test_recipes", "test_reference", "test_remote", "test_convert",
+)  # fmt: skip
 
 
 def pytest_addoption(parser):

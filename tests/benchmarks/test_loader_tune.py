@@ -49,6 +49,7 @@ def test_what_is_tried_is_what_a_machine_can_do(shard_sets, codec, device, decod
             DataConfig(**settings)
 
 
+@pytest.mark.slow
 def test_the_command_prints_overrides_that_training_takes(data, genkd, monkeypatch, tmp_path):
     monkeypatch.setattr(loader_tune, "SECONDS", 0.1)
     result = loader_tune.run(data.path, 1)

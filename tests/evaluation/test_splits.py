@@ -25,9 +25,9 @@ ONE = recognition.Settings(clips=1)
 
 
 def card_for(data, length=16, **changes):
-    """A quarter-width network for clips of 32 pixels that knows the data set's classes."""
+    """A narrow network for clips of 32 pixels that knows the data set's classes."""
     fed = DataConfig(clip_length=length, size=32).model_dump(mode="json")
-    card = ModelCard(ModelConfig(width=0.25), tuple(data.classes), length, 32, False, "none", fed)
+    card = ModelCard(ModelConfig(width=0.0625), tuple(data.classes), length, 32, False, "none", fed)
     return dataclasses.replace(card, **changes)
 
 
@@ -199,7 +199,7 @@ def test_stored_scores_follow_from_stored_logits(data, tmp_path, compat):
     assert found.keys == data.table["key"].take(data.rows("test")).to_pylist()
     about = found.about
     assert (about["classes"], about["modality"], about["split"]) == (data.classes, "rgb", "test")
-    assert (about["clips"], about["crops"], about["compat"], about["model"]["width"]) == (1, 1, compat, 0.25)
+    assert (about["clips"], about["crops"], about["compat"], about["model"]["width"]) == (1, 1, compat, 0.0625)
     assert about["weights"] == str(place) and about["dataset"] == str(data.path)
 
 

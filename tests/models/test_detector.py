@@ -20,7 +20,7 @@ def close(got, want, tolerance=1e-4):
     assert (got - want).abs().max() <= tolerance * want.abs().max().clamp_min(1e-12)
 
 
-@pytest.fixture(scope="module", params=["student", "teacher"])
+@pytest.fixture(scope="module", params=["student", pytest.param("teacher", marks=pytest.mark.slow)])
 def detector(request, reference, helper):
     from genkd.models.checkpoints import from_reference
 

@@ -159,6 +159,7 @@ def test_the_student_is_matched_on_white_noise(student_net, clip, arrays):
     close(output.scores, want["scores_b1"])
 
 
+@pytest.mark.slow
 def test_the_teacher_is_matched(make, clip, suffix, arrays):
     model, report = make("recognition_teacher")
     assert (report.kind, len(report.used), report.unused, report.missing) == ("recognition teacher", 354, (), ())

@@ -248,12 +248,11 @@ def test_hugging_face_datasets_read_the_export(data, exported, tmp_path, monkeyp
 def test_ray_data_reads_the_export(data, exported, monkeypatch):
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     ray = pytest.importorskip("ray", reason="needs the package ray")
-    pytest.importorskip("ray.data", reason="needs Ray Data")
     if started := not ray.is_initialized():
         quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
         ray.init(address="local", num_cpus=1, object_store_memory=100 << 20, **quiet)
     try:
-        rows = ray.data.read_parquet(str(exported)).take_all()
+        rows = pytest.importorskip("ray.data", reason="needs Ray Data").read_parquet(str(exported)).take_all()
     finally:
         if started:
             ray.shutdown()

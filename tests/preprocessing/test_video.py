@@ -224,7 +224,7 @@ def ffmpeg_yuv(path, filters, size, stream="0:v:0", pixels="yuv420p"):
 
 @pytest.mark.real
 @pytest.mark.ffmpeg
-@pytest.mark.parametrize("codec", ["h264", "hevc", "vp9", "mjpeg"])
+@pytest.mark.parametrize("codec", ["h264", pytest.param("hevc", marks=pytest.mark.slow), "vp9", "mjpeg"])
 @pytest.mark.parametrize(
     ("name", "size"),  # the short side is 96; demo.mp4 and test.mp4 have pixels that are not square
     [

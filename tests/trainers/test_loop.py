@@ -212,7 +212,8 @@ def test_a_full_disk_gives_one_sentence_and_keeps_the_checkpoints(tiny, data, sm
     assert "finished" in genkd_process(*command(tiny, data, disk / "run")[2:]).stdout
 
 
-@pytest.mark.parametrize("phase, options", [("teacher", ["eval_every=2"]), ("distill", [
+@pytest.mark.parametrize("phase, options", [
+    pytest.param("teacher", ["eval_every=2"], marks=pytest.mark.slow), ("distill", [
     "alternate=epoch", "eval_every=1", "ema=0.9", "keep=best", "data.fixed_views=1",
     "distill.teacher_cache={tmp_path}/cache",
 ])])  # fmt: skip
