@@ -15,6 +15,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerContext, SpawnContext
 from typing import Any
 
 from ..errors import UserError
@@ -25,7 +26,8 @@ Run = Callable[..., Iterator[Any]]
 
 PATIENCE = 5.0  # seconds that workers have to stop, before they are made to
 OUTSIDE = "a kill from outside"  # how a worker ended, where its signal is not known
-START_METHOD = "spawn"  # of worker processes: a fork would copy threads' locks as they are
+# How worker processes start: a fork would copy the locks of threads as they are.
+CONTEXT: SpawnContext | ForkServerContext = multiprocessing.get_context("spawn")
 LOSSES = 3  # of workers on one task without a note of what it was doing, before the run is given up
 
 
@@ -116,9 +118,8 @@ class _Worker:
     """A process that works off one task at a time, with a pipe of its own: its death can harm no other."""
 
     def __init__(self, function: Callable[[Any, Report], Any]):
-        context = multiprocessing.get_context(START_METHOD)
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, function), daemon=True)
+        self.connection, theirs = CONTEXT.Pipe()
+        self.process = CONTEXT.Process(target=_serve, args=(theirs, function), daemon=True)
         # Starting the first process starts multiprocessing's resource tracker too, which lifts the block below.
         multiprocessing.resource_tracker.ensure_running()
         with _interrupts_blocked():  # the process inherits it: Ctrl-C is the parent's alone

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import multiprocessing
 import os
 import random
 import shutil
@@ -50,7 +51,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     """FFmpeg's command comes from a package, as another version than a system's may judge videos differently; workers
     of a conversion are forked from the server that has imported everything."""
-    engines.START_METHOD = "forkserver"
+    engines.CONTEXT = multiprocessing.get_context("forkserver")
     if importlib.util.find_spec("imageio_ffmpeg"):
         import imageio_ffmpeg
 

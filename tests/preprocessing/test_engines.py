@@ -65,7 +65,7 @@ class Deadly(VideoSettings):
 
 @pytest.fixture(autouse=True)
 def _as_users_have_them(monkeypatch):
-    monkeypatch.setattr(engines, "START_METHOD", "spawn")
+    monkeypatch.setattr(engines, "CONTEXT", multiprocessing.get_context("spawn"))
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -30,7 +31,7 @@ SETTINGS = VideoSettings("mjpeg", short_side=48)
 @pytest.fixture(autouse=True)
 def _workers_of_this_environment(monkeypatch):
     """Which leads to the bucket; that of the server that workers are forked from does not."""
-    monkeypatch.setattr(engines, "START_METHOD", "spawn")
+    monkeypatch.setattr(engines, "CONTEXT", multiprocessing.get_context("spawn"))
 
 
 @pytest.fixture(scope="module")
