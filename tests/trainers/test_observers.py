@@ -226,8 +226,9 @@ def events(path):
 def test_a_profile_has_the_steps_asked_for_and_their_most_expensive_ops(tiny, tmp_path):
     """The last two of the first epoch: what comes after it is not in them, and no loss is another."""
     plain, watched = tmp_path / "plain", tmp_path / "watched"
-    train(tiny("teacher", "eval_every=0"), plain, quiet)
-    train(tiny("teacher", "profile=1:3"), watched, quiet)
+    wide = "model.width=0.25"  # whose convolutions cost more than what surrounds them
+    train(tiny("teacher", wide), plain, quiet)
+    train(tiny("teacher", wide, "profile=1:3"), watched, quiet)
     assert {path.name for path in (watched / "profile").iterdir()} == {"rank0-steps1-3.json.gz", "rank0-steps1-3.txt"}
     found = events(watched / "profile" / "rank0-steps1-3.json.gz")
     names = [event.get("name") for event in found if event.get("cat") in ("user_annotation", "cpu_op")]
@@ -248,7 +249,7 @@ def test_a_run_beyond_the_profiled_steps_profiles_nothing(tiny, tmp_path):
 
 @pytest.mark.gpu
 def test_a_gpus_profile_has_its_kernels(tiny, tmp_path):
-    train(tiny("teacher", "eval_every=0", "profile=1:3", "device=cuda"), tmp_path / "run", quiet)
+    train(tiny("teacher", "model.width=0.25", "profile=1:3", "device=cuda"), tmp_path / "run", quiet)
     found = events(tmp_path / "run" / "profile" / "rank0-steps1-3.json.gz")
     assert any(event.get("cat") == "kernel" for event in found)
     table = (tmp_path / "run" / "profile" / "rank0-steps1-3.txt").read_text()
