@@ -72,10 +72,10 @@ def pytest_collection_modifyitems(config, items):
     if seed := config.getoption("--shuffle-files"):
         names = sorted({item.path for item in items})
         random.Random(seed).shuffle(names)
-        place = {path: number for number, path in enumerate(names)}
+        order = {path: number for number, path in enumerate(names)}
     else:
-        place = {item.path: LONGEST.index(item.path.stem) - 99 for item in items if item.path.stem in LONGEST}
-    items.sort(key=lambda item: place.get(item.path, 0))  # in a file as they stand there
+        order = {item.path: LONGEST.index(item.path.stem) - 99 for item in items if item.path.stem in LONGEST}
+    items.sort(key=lambda item: order.get(item.path, 0))  # in a file as they stand there
 
 
 def pytest_terminal_summary(terminalreporter):
